@@ -1,0 +1,29 @@
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.installed
+
+.PHONY: finetune test book docs export
+.DEFAULT_GOAL := finetune
+
+finetune: $(READY)  ## fine-tune the bundled base on the bundled stories
+	$(BIN)/python -m tiny_llm.finetune
+
+test: $(READY)  ## run every notebook and every pytest
+	$(BIN)/python -m pytest
+
+book: $(READY)  ## open the book at chapter 1
+	$(BIN)/jupyter lab nbs/01_lora.ipynb
+
+docs: $(READY)  ## build the site: Quarto where it is installed, the stand-in elsewhere
+	$(BIN)/python .ci/site.py
+
+export: $(READY)  ## notebooks -> package, README and tidy notebooks
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python .ci/readme.py
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
