@@ -74,7 +74,7 @@ def build_standin():
     shutil.move(site.out, DOCS)
     for page in sorted(DOCS.rglob('*.html')): rename(page, names)
     for f in filter(Path.exists, (DOCS/'search.json', DOCS/'sitemap.xml')):
-        new = re.sub(r'(?<=["/])(?:[\w-]+/)?[\w-]+\.html', lambda m: names.get(m[0], m[0]), f.read_text(encoding='utf-8'))
+        new = re.sub('|'.join(map(re.escape, names)), lambda m: names[m[0]], f.read_text(encoding='utf-8'))
         f.write_text(new, encoding='utf-8')
 
 def build_quarto():

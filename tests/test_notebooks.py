@@ -66,8 +66,8 @@ def test_saved_outputs(nb):
 
 @every_notebook
 def test_short_cells(nb):
-    long = [c for c in code_cells(nb) if len(''.join(c['source']).splitlines()) > MAX_LINES]
-    assert not long, f'over {MAX_LINES} lines: ' + '; '.join(''.join(c['source']).splitlines()[0] for c in long)
+    cells = [''.join(c['source']).splitlines() for c in code_cells(nb)]
+    assert not [f'{len(c)} lines from: {" / ".join(c[:2])}' for c in cells if len(c) > MAX_LINES]
 
 @every_notebook
 def test_no_machine_paths(nb):

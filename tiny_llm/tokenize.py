@@ -11,7 +11,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from .files import BadFileError, atomic_path
 
-# %% ../nbs/base/02_tokenize.ipynb #5192e8cf
+# %% ../nbs/base/02_tokenize.ipynb #9a948d99
 EOT, PAD = "<|endoftext|>", "<|pad|>"
 
 class _Codec:
@@ -26,15 +26,15 @@ class _Codec:
         "Ids of `text`"
         if not allow_special: return self._tk.encode(text).ids
         parts = re.split(f"({re.escape(EOT)}|{re.escape(PAD)})", text)
-        return [i for p in parts for i in ([self.vocab[p]] if p in (EOT, PAD) else self.encode(p))]
+        return [i for p in parts for i in ([self._tk.token_to_id(p)] if p in (EOT, PAD) else self.encode(p))]
     def encode_batch(self, texts) -> list:  # one list of ids for each text
         "Ids of many texts, on all cores"
         return [e.ids for e in self._tk.encode_batch(list(texts))]
     def decode(self, ids) -> str:  # ids: (T,) integers in a list, array or tensor
         "Text of `ids`, control tokens written out. Raises ValueError for an id that does not exist"
-        return self._tk.decode(_known(ids, len(self.vocab)), skip_special_tokens=False)
+        return self._tk.decode(_known(ids, self._tk.get_vocab_size()), skip_special_tokens=False)
 
-# %% ../nbs/base/02_tokenize.ipynb #9a948d99
+# %% ../nbs/base/02_tokenize.ipynb #961e654b
 def _known(
     ids,     # (T,) integers in a list, array or tensor
     n: int,  # size of the vocabulary
@@ -45,7 +45,7 @@ def _known(
     if bad: raise ValueError(f"no token has the id {bad[0]}: ids go from 0 to {n - 1}")
     return ids
 
-# %% ../nbs/base/02_tokenize.ipynb #e447d623
+# %% ../nbs/base/02_tokenize.ipynb #356dfc24
 def _parse(
     path: Path,  # a Hugging Face tokenizer.json
 ) -> Tokenizer:
@@ -59,7 +59,7 @@ def _parse(
         raise BadFileError(f"{path} is not one of our tokenizers: it must be BPE with {EOT} and {PAD}")
     return tk
 
-# %% ../nbs/base/02_tokenize.ipynb #356dfc24
+# %% ../nbs/base/02_tokenize.ipynb #df8790cd
 class BPETokenizer(_Codec):
     "Byte-level BPE with the control tokens `EOT` and `PAD`"
     vocab = property(lambda self: self._tk.get_vocab(), doc="dict: token -> id")
@@ -81,7 +81,7 @@ class BPETokenizer(_Codec):
         "Write a tokenizer.json, whole or not at all"
         with atomic_path(path) as tmp: self._tk.save(str(tmp))
 
-# %% ../nbs/base/02_tokenize.ipynb #b5446f4a
+# %% ../nbs/base/02_tokenize.ipynb #77760c09
 def _train(
     texts,            # strings
     vocab_size: int,  # tokens, with the 256 bytes and the 2 control tokens

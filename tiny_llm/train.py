@@ -6,8 +6,8 @@
 __all__ = ['OPTIMIZERS', 'HELP', 'default_device', 'has_bf16', 'autocast', 'param_groups', 'orthogonalize', 'Muon',
            'PretrainConfig', 'lr_at', 'make_optimizers', 'train_step', 'total_nats', 'story_loss', 'batch_stream',
            'Progress', 'describe_run', 'save_state', 'load_state', 'write_log', 'read_log', 'checkpoint',
-           'load_prepared', 'train_until', 'pretrain', 'score_windows', 'window_batches', 'perplexity', 'make_parser',
-           'main']
+           'load_prepared', 'compiled', 'train_until', 'pretrain', 'score_windows', 'window_batches', 'perplexity',
+           'make_parser', 'main']
 
 # %% ../nbs/base/04_pretrain.ipynb #14cecb8e
 import argparse, contextlib, hashlib, json, math, pickle, time
@@ -42,7 +42,7 @@ def autocast(
     if not has_bf16(device): return contextlib.nullcontext()
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
 
-# %% ../nbs/base/04_pretrain.ipynb #386893c4
+# %% ../nbs/base/04_pretrain.ipynb #55df32f0
 def param_groups(
     model: GPT,  # the model to train
 ) -> dict:       # lists of parameters: "matrices", "embeddings", "vectors"
@@ -53,7 +53,7 @@ def param_groups(
         groups[kind].append(p)
     return groups
 
-# %% ../nbs/base/04_pretrain.ipynb #3af1bfc7
+# %% ../nbs/base/04_pretrain.ipynb #9600cd82
 def orthogonalize(
     G: torch.Tensor,  # (out, in) a gradient, float32
     steps: int = 5,   # Newton-Schulz rounds
@@ -67,7 +67,7 @@ def orthogonalize(
         X = 3.4445 * X + (-4.7750 * S + 2.0315 * S @ S) @ X  # (m, m) x (m, n) -> (m, n)
     return X if wide else X.T
 
-# %% ../nbs/base/04_pretrain.ipynb #129db879
+# %% ../nbs/base/04_pretrain.ipynb #e161d114
 class Muon(torch.optim.Optimizer):
     "Momentum, then orthogonalised steps, for 2-D weights of hidden layers; float32 throughout."
     def __init__(self,
@@ -78,7 +78,6 @@ class Muon(torch.optim.Optimizer):
     ):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         if any(p.ndim != 2 for g in self.param_groups for p in g["params"]): raise ValueError("Muon takes 2-D parameters only")
-
     @torch.no_grad()
     def step(self, closure=None):
         "One step for every parameter that has a gradient."
@@ -93,10 +92,10 @@ class Muon(torch.optim.Optimizer):
         step = orthogonalize(p.grad.lerp(mean, g["momentum"]))
         p.mul_(1 - g["lr"] * g["weight_decay"]).add_(step, alpha=-g["lr"] * 0.2 * max(p.shape) ** 0.5)
 
-# %% ../nbs/base/04_pretrain.ipynb #ffb7919d
+# %% ../nbs/base/04_pretrain.ipynb #275292aa
 OPTIMIZERS = ("adamw", "muon")
 
-# %% ../nbs/base/04_pretrain.ipynb #5adf5b59
+# %% ../nbs/base/04_pretrain.ipynb #36762b06
 @dataclass
 class PretrainConfig:
     "Everything that decides how a run goes; with the data and the model's shape, it decides the result."
@@ -120,7 +119,7 @@ class PretrainConfig:
             if getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.hold < 1: raise ValueError(f"hold must be in [0, 1), not {self.hold}")
 
-# %% ../nbs/base/04_pretrain.ipynb #b4dc5988
+# %% ../nbs/base/04_pretrain.ipynb #c45cfa1b
 def lr_at(
     step: int,          # steps already done
     s: PretrainConfig,  # the settings
@@ -130,7 +129,7 @@ def lr_at(
     fall = int(s.hold * s.steps)
     return s.lr if step < fall else s.lr * max(0.0, (s.steps - step) / (s.steps - fall))
 
-# %% ../nbs/base/04_pretrain.ipynb #bc1e541c
+# %% ../nbs/base/04_pretrain.ipynb #ee7f78a1
 def make_optimizers(
     model: GPT,         # the model to train
     s: PretrainConfig,  # optimizer, lr, weight_decay
@@ -142,7 +141,7 @@ def make_optimizers(
     adamw = [dict(params=decay, weight_decay=s.weight_decay), dict(params=g["vectors"], weight_decay=0.0)]
     return muon + [torch.optim.AdamW(adamw, lr=s.lr, betas=(0.9, 0.95), foreach=True)]
 
-# %% ../nbs/base/04_pretrain.ipynb #ee7f78a1
+# %% ../nbs/base/04_pretrain.ipynb #e3e1d0b1
 def train_step(
     model,              # GPT, or its compiled form
     opts: list,         # from `make_optimizers`
@@ -162,7 +161,7 @@ def train_step(
         o.step(); o.zero_grad()
     return loss.item()
 
-# %% ../nbs/base/04_pretrain.ipynb #e3e1d0b1
+# %% ../nbs/base/04_pretrain.ipynb #ba69b2c3
 @torch.no_grad()
 def total_nats(
     model: GPT,  # the model
@@ -178,7 +177,7 @@ def total_nats(
     model.train(training)
     return nats, n
 
-# %% ../nbs/base/04_pretrain.ipynb #0c067261
+# %% ../nbs/base/04_pretrain.ipynb #29469da9
 def story_loss(
     model: GPT,                    # the model
     stories: list,                 # id arrays, as from `load_ids`
@@ -189,7 +188,7 @@ def story_loss(
     nats, n = total_nats(model, story_batches(stories, tokens_per_batch, seq_len, 0))
     return nats / max(n, 1)
 
-# %% ../nbs/base/04_pretrain.ipynb #29469da9
+# %% ../nbs/base/04_pretrain.ipynb #255d221c
 def batch_stream(
     stories: list,      # id arrays
     s: PretrainConfig,  # tokens_per_step, seq_len, seed, drop_start
@@ -204,7 +203,7 @@ def batch_stream(
             if i > index: yield epoch, i, x, y
         epoch, index = epoch + 1, 0
 
-# %% ../nbs/base/04_pretrain.ipynb #055a9e37
+# %% ../nbs/base/04_pretrain.ipynb #3caf19d4
 @dataclass
 class Progress:
     "How far a run has come."
@@ -222,7 +221,7 @@ class Progress:
         self.step, self.tokens = self.step + 1, self.tokens + tokens
         self.train_loss = loss if self.train_loss is None else 0.98 * self.train_loss + 0.02 * loss
 
-# %% ../nbs/base/04_pretrain.ipynb #47442dde
+# %% ../nbs/base/04_pretrain.ipynb #40e01f25
 def describe_run(
     s: PretrainConfig,  # the settings
     config: GPTConfig,  # the model's shape
@@ -233,7 +232,7 @@ def describe_run(
     for ids in stories: digest.update(np.asarray(ids, dtype=np.int64).tobytes())
     return dict(asdict(s), **asdict(config), data=digest.hexdigest()[:16])
 
-# %% ../nbs/base/04_pretrain.ipynb #3caf19d4
+# %% ../nbs/base/04_pretrain.ipynb #e873a348
 def save_state(
     path: Path,          # where to write
     model: GPT,          # the model
@@ -247,7 +246,7 @@ def save_state(
     state = dict(run=run, model=model.state_dict(), opts=[o.state_dict() for o in opts], progress=asdict(progress), rng=rng)
     with atomic_path(path) as tmp: torch.save(state, tmp)
 
-# %% ../nbs/base/04_pretrain.ipynb #9654a049
+# %% ../nbs/base/04_pretrain.ipynb #e9353761
 def load_state(
     path: Path,   # a file of `save_state`
     model: GPT,   # takes the weights
@@ -266,7 +265,7 @@ def load_state(
     if "cuda" in state["rng"] and torch.cuda.is_available(): torch.cuda.set_rng_state(state["rng"]["cuda"])
     return Progress(**state["progress"])
 
-# %% ../nbs/base/04_pretrain.ipynb #95b3c170
+# %% ../nbs/base/04_pretrain.ipynb #fde67bf5
 def write_log(
     path: Path,  # where to write
     run: dict,   # header: the settings
@@ -275,7 +274,7 @@ def write_log(
     "Write a log as JSON lines."
     with atomic_path(path) as tmp: Path(tmp).write_text("".join(json.dumps(row) + "\n" for row in [run] + log), encoding="utf-8")
 
-# %% ../nbs/base/04_pretrain.ipynb #75a5fdd0
+# %% ../nbs/base/04_pretrain.ipynb #a3e0b553
 def read_log(
     path: Path,  # a file of `write_log`
 ) -> tuple:      # (header: dict, log: list of dicts)
@@ -283,7 +282,7 @@ def read_log(
     header, *log = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     return header, log
 
-# %% ../nbs/base/04_pretrain.ipynb #98fbf3fe
+# %% ../nbs/base/04_pretrain.ipynb #f87117e0
 def checkpoint(
     out: Path,           # folder of the run
     model: GPT,          # the model
@@ -304,7 +303,7 @@ def checkpoint(
     save_state(out / "state.pt", model, opts, p, run)
     return loss
 
-# %% ../nbs/base/04_pretrain.ipynb #4a70e645
+# %% ../nbs/base/04_pretrain.ipynb #641ef820
 def load_prepared(
     data_dir: Path|None,  # folder that `prepare` filled; None: `DATA_DIR`
     vocab_size: int,      # rows in the model's embedding
@@ -317,7 +316,15 @@ def load_prepared(
     if top >= vocab_size: raise ValueError(f"token id {top} in the data, but the model's vocab_size is {vocab_size}")
     return train, valid
 
-# %% ../nbs/base/04_pretrain.ipynb #a3e0b553
+# %% ../nbs/base/04_pretrain.ipynb #c6877bff
+def compiled(
+    model: GPT,  # the model
+):               # the same model, compiled at its first call
+    "`torch.compile` for batches of changing shape."
+    torch._dynamo.config.cache_size_limit = 64
+    return torch.compile(model, dynamic=True)
+
+# %% ../nbs/base/04_pretrain.ipynb #e18a7ca9
 def train_until(
     last: int,           # stop after this step
     net,                 # the model, or its compiled form
@@ -341,7 +348,7 @@ def train_until(
             bar.update(); bar.set_postfix(loss=f"{p.train_loss:.3f}", tok_s=f"{(y != -100).sum().item() / seconds:,.0f}", refresh=False)
             if p.step % s.eval_every == 0 or p.step == s.steps: on_eval()
 
-# %% ../nbs/base/04_pretrain.ipynb #0bad627e
+# %% ../nbs/base/04_pretrain.ipynb #536c799a
 def pretrain(
     out: str|Path,                      # folder for model.safetensors, state.pt, log.jsonl
     settings: PretrainConfig = None,    # None: the defaults
@@ -360,13 +367,13 @@ def pretrain(
     model = GPT(config).to(device)
     opts = make_optimizers(model, s)
     p = load_state(out / "state.pt", model, opts, run) if (out / "state.pt").exists() else Progress()
-    net = torch.compile(model, dynamic=True) if s.compile else model
+    net = compiled(model) if s.compile else model
     on_eval = lambda: checkpoint(out, model, opts, p, s, run, valid)
     stream = batch_stream(train, s, p.epoch, p.index)
     train_until(min(stop_at or s.steps, s.steps), net, opts, stream, p, s, device, on_eval, show)
     return p.log
 
-# %% ../nbs/base/04_pretrain.ipynb #e18a7ca9
+# %% ../nbs/base/04_pretrain.ipynb #ae2a1224
 def score_windows(
     ids: list,  # token ids of one text
     size: int,  # the model's context, tokens
@@ -380,7 +387,7 @@ def score_windows(
         if (target != -100).any(): out.append((x[start:start + size], target))
     return out
 
-# %% ../nbs/base/04_pretrain.ipynb #536c799a
+# %% ../nbs/base/04_pretrain.ipynb #f7212be7
 def window_batches(
     windows: list,                 # (inputs, targets) pairs
     tokens_per_batch: int = 6144,  # room in a batch
@@ -394,7 +401,7 @@ def window_batches(
         pad = lambda a, value: np.pad(a, (0, T - len(a)), constant_values=value)
         yield torch.tensor(np.stack([pad(x, 0) for x, _ in group])), torch.tensor(np.stack([pad(y, -100) for _, y in group]))
 
-# %% ../nbs/base/04_pretrain.ipynb #eaa2b720
+# %% ../nbs/base/04_pretrain.ipynb #a35b5117
 def perplexity(
     model: GPT,           # the model
     tok: BPETokenizer,    # its tokenizer
@@ -408,13 +415,13 @@ def perplexity(
     if not n: raise ValueError("no token to score: every text is shorter than two tokens")
     return math.exp(nats / n)
 
-# %% ../nbs/base/04_pretrain.ipynb #7157ba04
+# %% ../nbs/base/04_pretrain.ipynb #8a99f54d
 HELP = dict(steps="optimizer steps", optimizer="adamw, or muon for the blocks' matrices", lr="highest learning rate",
     weight_decay="of 2-D weights", tokens_per_step="room in a batch, tokens", seq_len="stories are cut here, tokens",
     warmup="steps of linear rise", hold="part of the steps after which the rate falls", clip="highest gradient norm",
     eval_every="steps between validations", drop_start="part of the stories shown without leading EOT", seed="of everything random")
 
-# %% ../nbs/base/04_pretrain.ipynb #f7212be7
+# %% ../nbs/base/04_pretrain.ipynb #0e3aa9a6
 def make_parser() -> argparse.ArgumentParser:  # of the command `python -m tiny_llm.train`
     "The command's options: data, shape of the model, settings."
     ap = argparse.ArgumentParser("python -m tiny_llm.train", description="Pretrain a small GPT; run it again to resume.",
@@ -428,9 +435,10 @@ def make_parser() -> argparse.ArgumentParser:  # of the command `python -m tiny_
         value = getattr(PretrainConfig, name)
         ap.add_argument("--" + name.replace("_", "-"), type=type(value), default=value, help=text, choices=OPTIMIZERS if name == "optimizer" else None)
     ap.add_argument("--compile", action="store_true", help="use torch.compile")
+    ap.add_argument("--quiet", action="store_true", help="no progress bar")
     return ap
 
-# %% ../nbs/base/04_pretrain.ipynb #c7a3c029
+# %% ../nbs/base/04_pretrain.ipynb #20fd2cfb
 def main(
     argv: list = None,  # arguments; None: those of the command line
 ) -> list:              # the log
@@ -442,12 +450,12 @@ def main(
         tok.save(a.out / "tokenizer.json")
         config = GPTConfig(vocab_size=len(tok), max_seq_len=max(512, a.seq_len), d_model=a.d_model, n_heads=a.n_heads,
                            n_layers=a.n_layers, d_mlp=-(-8 * a.d_model // 48) * 16, dropout=a.dropout)
-        log = pretrain(a.out, settings, config, a.out / "data")
+        log = pretrain(a.out, settings, config, a.out / "data", show=not a.quiet)
     except (ValueError, FileNotFoundError, FloatingPointError) as e: ap.exit(2, f"error: {e}\n")
     best = min(r["valid_loss"] for r in log)
     print(f"validation loss {best:.3f} (perplexity {math.exp(best):.2f}), best weights in {a.out / 'model.safetensors'}")
     return log
 
-# %% ../nbs/base/04_pretrain.ipynb #b7fce1ac
+# %% ../nbs/base/04_pretrain.ipynb #1332beb1
 #| eval: false
-if __name__ == "__main__": main()
+if __name__ == "__main__" and "__file__" in globals(): main()

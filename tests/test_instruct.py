@@ -1,0 +1,128 @@
+"Edge cases of tiny_llm.instruct: the notebook shows the straight line, these are the corners."
+import json, warnings
+import pytest, torch
+from tiny_llm.data import ASSETS
+from tiny_llm.files import BadFileError
+from tiny_llm.instruct import (IGNORE, INSTRUCTION_PROMPTS, bucketed_batches, collate, encode_examples,
+                               format_example, format_prompt, make_instruction_dataset, make_moral_dataset, read_examples)
+from tiny_llm.tokenize import EOT, BPETokenizer
+
+@pytest.fixture(scope="module")
+def tok(): return BPETokenizer.load(ASSETS/"tokenizer.json")
+
+@pytest.fixture
+def read(tmp_path):
+    def read(text):
+        (path := tmp_path/"data.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+        return read_examples(path)
+    return read
+
+# --- datasets
+def test_pairing():
+    stories = [f"Story {i}." for i in range(len(INSTRUCTION_PROMPTS) + 3)]
+    out = make_instruction_dataset(stories)
+    assert out == make_instruction_dataset([{"story": s} for s in stories]) != make_instruction_dataset(stories, seed=1)
+    assert all(o.endswith(f"[/INST] {s}") for o, s in zip(out, stories))
+    assert len({o.split("[/INST]")[0] for o in out}) == len(INSTRUCTION_PROMPTS)  # all are used before one comes back
+    assert make_instruction_dataset([]) == []
+
+@pytest.mark.parametrize("bad", ["", "  ", 3, None, {}, {"story": 3}, "a [INST] b", {"story": "a [/INST] b"}])
+def test_bad_story_is_named(bad):
+    with pytest.raises(ValueError, match="record 1"): make_instruction_dataset(["A fox.", bad])
+
+@pytest.mark.parametrize("bad, says", [({"story": "A."}, "lacks moral"), ({"moral": "A."}, "lacks story"), ({}, "lacks story and moral"),
+                                       ("A.", "record 1"), ({"story": "A.", "moral": ""}, "'moral'"), ({"story": "[/INST]", "moral": "A."}, "reserved")])
+def test_bad_moral_is_named(bad, says):
+    with pytest.raises(ValueError, match="record 1") as e: make_moral_dataset([{"story": "A.", "moral": "B."}, bad])
+    assert says in str(e.value)
+
+# --- encoding
+@pytest.mark.parametrize("answer", ["Once upon a time.", '"Hi," he said.', "é ☃\n\nA new line.", "]]"])
+def test_encode_masks_exactly_the_prompt(tok, answer):
+    text = format_example("Say it.", answer)
+    (ids, labels), = encode_examples([text], tok, mask_prompt=True)
+    n = 1 + len(tok.encode(format_prompt("Say it.")))  # as encoded when the model is asked
+    assert ids == [tok.eot] + tok.encode(text) + [tok.eot] and labels == [IGNORE] * n + ids[n:]
+    (ids2, labels2), = encode_examples([text], tok)
+    assert ids2 == labels2 == ids
+
+def test_control_token_in_text_stays_text(tok):
+    (ids, _), = encode_examples([format_example(f"Hi {EOT}<|pad|>", f"{EOT} Hello")], tok)
+    assert ids.count(tok.eot) == 2 and tok.pad not in ids and tok.decode(ids).count(EOT) == 4
+
+def test_truncation_boundary(tok):
+    text = format_example("Hi.", "A fox sat down.")
+    n = 1 + len(tok.encode(format_prompt("Hi.")))
+    (ids, labels), = encode_examples([text], tok, seq_len=n + 1, mask_prompt=True)  # one answer token is left
+    assert len(ids) == n + 1 and labels[-1] == ids[-1] != tok.eot
+    for seq_len in (n, 1):
+        with pytest.raises(ValueError, match="nothing to learn"): encode_examples([text], tok, seq_len=seq_len, mask_prompt=True)
+    with pytest.raises(ValueError, match="nothing to learn"): encode_examples([text], tok, seq_len=1)  # the start token is never predicted
+
+def test_skipped_are_reported_by_index(tok):
+    short, long = format_example("Hi.", "Hello."), format_example("Hi. " * 50, "Hello.")
+    with pytest.warns(UserWarning, match=r"\[0, 2\]"): out = encode_examples([long, short, long], tok, seq_len=30, mask_prompt=True)
+    assert len(out) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(encode_examples([long, short], tok, seq_len=30)) == 2  # unmasked: the prompt is learned
+
+def test_nothing_to_encode(tok):
+    with pytest.raises(ValueError): encode_examples([], tok)
+    with pytest.raises(ValueError, match="INST"): encode_examples(["no mark"], tok, mask_prompt=True)
+
+# --- batches
+def test_collate_shift_and_padding():
+    x, y = collate([([5, 6, 7], [IGNORE, 6, 7]), ([5, 8], [5, 8])], pad_id=1)
+    assert x.tolist() == [[5, 6], [5, 1]] and y.tolist() == [[6, 7], [8, IGNORE]] and x.dtype == y.dtype == torch.long
+    with pytest.raises(ValueError, match="empty"): collate([], 1)
+
+def test_pad_id_inside_an_example_is_still_scored():
+    assert collate([([0, 1, 0], [0, 1, 0])], pad_id=1)[1].tolist() == [[1, 0]]
+
+@pytest.mark.parametrize("n, size", [(0, 4), (1, 4), (13, 4), (16, 4), (5, 1)])
+def test_buckets_hold_each_example_once(n, size):
+    data = [([i] * (i * 7 % 40 + 2),) * 2 for i in range(n)]
+    batches = bucketed_batches(data, size, seed=3)
+    assert sorted(sum(batches, [])) == sorted(data) and all(1 <= len(b) <= size for b in batches)
+    assert batches == bucketed_batches(data, size, seed=3)
+    assert len(batches) == -(-n // size)
+
+def test_bad_batch_size():
+    with pytest.raises(ValueError, match="batch_size"): bucketed_batches([([1, 2], [1, 2])], 0)
+
+# --- reader
+def test_json_and_jsonl_agree(read):
+    rows = [{"instruction": "A", "input": "B", "output": "C"}, {"instruction": "A", "context": None, "response": "C"}, {"story": "A fox."}, {"text": "A fox."}]
+    out = read(json.dumps(rows, indent=1))
+    assert out == read("\n\n".join(map(json.dumps, rows)) + "\n") == read("\r\n".join(map(json.dumps, rows)))
+    assert out[:2] == ["[INST] A\nB[/INST] C", "[INST] A[/INST] C"] and out[2].endswith("[/INST] A fox.")
+    assert read(json.dumps(rows[0], indent=1)) == read(b"\xef\xbb\xbf" + json.dumps(rows[0]).encode()) == out[:1]
+
+def test_line_separator_inside_a_string(read):
+    assert read('{"story": "A\u2028B", "prompt": "P"}\n{"story": "C", "prompt": "P"}') == ["[INST] P[/INST] A\u2028B", "[INST] P[/INST] C"]
+
+def test_chat(read):
+    turn = lambda role, content: {"role": role, "content": content}
+    turns = [turn("system", "Be kind."), turn("user", "Hi"), turn("assistant", "Hello"), turn("user", "Bye"), turn("assistant", "See you")]
+    assert read(json.dumps({"messages": turns})) == ["[INST] Be kind.\nHi[/INST] Hello", "[INST] Be kind.\nHi[/INST] Hello [INST] Bye[/INST] See you"]
+    for bad in ([], turns[:1], turns[:2], turns[2:], [turns[1], turns[1]], 5, [5], [{"role": "user"}, turns[2]], [turn("user", None), turns[2]]):
+        with pytest.raises(BadFileError, match="line 1"): read(json.dumps({"messages": bad}))
+
+def test_masking_a_conversation_leaves_the_last_answer(read, tok):
+    turns = [{"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, ["Hi", "Hello", "Bye", "See you"])]
+    (_, labels), = encode_examples(read(json.dumps({"messages": turns}))[1:], tok, mask_prompt=True)
+    assert tok.decode([l for l in labels if l != IGNORE]) == " See you" + EOT
+
+@pytest.mark.parametrize("text, where", [
+    ('{"story": "A."}\n{"story": ', "line 2"), ('{"story": "A."}\n\n{"title": "A."}', "line 3"), ('{"story": "A."}\n[1]', "line 2"), ('{"story": "A."}\n5', "line 2"),
+    ('[{"story": "A."}, {"story": 5}]', "record 1"), ('[\n{"story": "A."},\n{"story" "B"}]', "line 3"), ("null", "line 1"), ("null\nnull", "line 1"), ("", "no examples"),
+    ("[]", "no examples"), ("once upon a time", "line 1"), (b"\xff\xfe\x00", "decode"), ('{"instruction": "A", "output": ""}', "line 1"),
+    ('{"instruction": 5, "output": "A"}', "line 1"), ('{"instruction": null, "output": "A"}', "line 1"), ('{"instruction": "A", "output": null}', "line 1"),
+    ('{"text": null}', "line 1"), ('{"text": "a [/INST] b"}', "line 1"), ('{"story": "A.", "prompt": 5}', "line 1"), ('{"messages": null}', "line 1")])
+def test_bad_files_are_named(read, text, where):
+    with pytest.raises(BadFileError, match="Known layouts") as e: read(text)
+    assert where in str(e.value) and "data.json" in str(e.value) and "Dolly" in str(e.value)
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError): read_examples(tmp_path/"none.json")
