@@ -9,7 +9,7 @@ __all__ = ['load_base', 'filter_logits', 'sample', 'pad_prompts', 'generate_ids'
 from pathlib import Path
 import torch
 from .data import ASSETS
-from .gpt import GPT, load_checkpoint
+from .gpt import GPT, load_checkpoint, new_cache
 from .tokenize import BPETokenizer
 from .train import default_device
 
@@ -81,7 +81,7 @@ def generate_ids(
     **how, # `temperature`, `top_k`, `top_p`, `generator` of `sample`
 ) -> torch.Tensor: # new tokens, (B, at most max_new_tokens) long
     "Sample until every row has ended; a row that has ended repeats `eot`."
-    cache, new, done = model.new_cache() if use_cache else None, [], torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    cache, new, done = new_cache(model) if use_cache else None, [], torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     last = mask.long().cumsum(-1).argmax(-1)                         # (B,) place of each prompt's last real token
     logits = model(ids, mask, cache)[torch.arange(len(ids)), last]   # (B, V)
     for _ in range(min(max_new_tokens, model.config.max_seq_len - ids.shape[1])):
@@ -94,6 +94,15 @@ def generate_ids(
     return torch.stack(new, 1) if new else ids[:, :0]
 
 # %% ../nbs/base/05_generate.ipynb #5cc61f41
+def _prompt_ids(model, tok, prompts):
+    rows = [[tok.eot] + tok.encode(p) for p in prompts]
+    longest, limit = max(map(len, rows)), model.config.max_seq_len
+    if longest >= limit: raise ValueError(f"a prompt of {longest} tokens leaves no room: the context is {limit} tokens")
+    return rows
+
+def _until(row, eot): return row[:row.index(eot)] if eot in row else row
+
+# %% ../nbs/base/05_generate.ipynb #5ecb4673
 def generate(
     model: GPT, # the model
     tok: BPETokenizer, # its tokenizer
@@ -107,16 +116,11 @@ def generate(
     use_cache: bool=True, # keep keys and values; does not change the text
 ): # the continuation without the prompt, a `str` or a list of them
     "Continue a prompt, or several at once. Raises `ValueError` where a prompt fills the context."
-    prompts = [[tok.eot] + tok.encode(p) for p in ([prompt] if isinstance(prompt, str) else prompt)]
-    if not prompts: return []
-    longest, limit = max(map(len, prompts)), model.config.max_seq_len
-    if longest >= limit: raise ValueError(f"a prompt of {longest} tokens leaves no room: the context is {limit} tokens")
+    if isinstance(prompt, str): return generate(model, tok, [prompt], max_new_tokens, temperature, top_k, top_p, seed, padding_side, use_cache)[0]
+    if not prompt: return []
     device, was_training = next(model.parameters()).device, model.training
-    ids, mask = (t.to(device) for t in pad_prompts(prompts, tok.pad, padding_side))
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    model.eval()
-    new = generate_ids(model, ids, mask, tok.eot, max_new_tokens, use_cache, temperature=temperature,
-                       top_k=top_k, top_p=top_p, generator=generator).tolist()
+    ids, mask = (t.to(device) for t in pad_prompts(_prompt_ids(model, tok, prompt), tok.pad, padding_side))
+    how = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=None if seed is None else torch.Generator().manual_seed(seed))
+    new = generate_ids(model.eval(), ids, mask, tok.eot, max_new_tokens, use_cache, **how).tolist()
     model.train(was_training)
-    texts = [tok.decode(row[:row.index(tok.eot)] if tok.eot in row else row) for row in new]
-    return texts[0] if isinstance(prompt, str) else texts
+    return [tok.decode(_until(row, tok.eot)) for row in new]

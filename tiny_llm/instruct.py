@@ -214,8 +214,7 @@ def collate(
     T = max(len(ids) for ids, _ in encoded) - 1
     x, y = (torch.full((len(encoded), T), fill) for fill in (pad_id, IGNORE))  # (B, T) each
     for row, (ids, labels) in enumerate(encoded):
-        x[row, :len(ids) - 1] = torch.tensor(ids[:-1])
-        y[row, :len(ids) - 1] = torch.tensor(labels[1:])
+        x[row, :len(ids) - 1], y[row, :len(ids) - 1] = torch.tensor(ids[:-1]), torch.tensor(labels[1:])
     return x, y
 
 # %% ../nbs/03_data.ipynb #d43cebe0
