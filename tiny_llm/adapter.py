@@ -14,9 +14,10 @@ import torch, torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from .files import BadFileError, atomic_path
-from .gpt import GPT, check_tensors, fingerprint
-from .generate import load_base
-from .lora import LoRALinear, _replace, _short, add_lora_to_model, lora_modules
+from .gpt import GPT, check_tensors, fingerprint, load_checkpoint
+from .generate import BASE
+from .lora import LoRALinear, _replace, _short, lora_modules
+from .train import default_device
 
 # %% ../nbs/05_load_merge.ipynb #de19c9bb
 PREFIX = "base_model.model."
@@ -100,8 +101,9 @@ def _matching_layers(model, config, tensors, path):
     try: layers = own or {n: LoRALinear(linear[n], config["r"], config["lora_alpha"]) for n in names}
     except ValueError as e: raise BadFileError(f"{path}: {e}") from e
     check_tensors(tensors, {f"{n}.{ab}": getattr(m, ab) for n, m in layers.items() for ab in "AB"}, str(path))
-    if any(m.alpha != config["lora_alpha"] for m in layers.values()):
-        raise BadFileError(f"{path}: alpha {config['lora_alpha']:g}, the model's LoRA layers have another")
+    r, alpha = config["r"], config["lora_alpha"]
+    if any((m.r, m.alpha) != (r, alpha) for m in layers.values()):
+        raise BadFileError(f"{path}: rank {r} and alpha {alpha:g}; the model's LoRA layers have others")
     return layers
 
 # %% ../nbs/05_load_merge.ipynb #ba9949aa
@@ -110,8 +112,8 @@ def load_with_lora(
     adapter_ckpt, # an adapter folder
 ) -> GPT: # eval mode, on a GPU if there is one
     "A base model with an adapter on it."
-    model, _ = load_base(base_ckpt)
-    return load_adapter(model, adapter_ckpt).to(next(model.parameters()).device).eval()
+    model = load_checkpoint(BASE if base_ckpt is None else base_ckpt)
+    return load_adapter(model, adapter_ckpt).to(default_device()).eval()
 
 # %% ../nbs/05_load_merge.ipynb #92fe07f1
 def merged_linear(
