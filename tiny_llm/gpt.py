@@ -80,7 +80,7 @@ class KVCache:
 def new_cache(
     model, # a GPT
 ) -> list: # one empty `KVCache` for each block
-    "What `GPT.forward` takes as `cache` at the start of a text."
+    "What the model takes as `cache` at the start of a text."
     return [KVCache() for _ in model.blocks]
 
 # %% ../nbs/base/01_gpt.ipynb #61f27258
