@@ -73,6 +73,21 @@ def read_adapter(
     return dict(config, r=r, lora_alpha=alpha), {rename(k): v for k, v in tensors.items()}, header
 
 # %% ../nbs/05_load_merge.ipynb #7c3c057d
+def _matching_layers(model, config, tensors, path):
+    "LoRA layers for the tensors: the model's own where it has some, new ones elsewhere."
+    own, linear = lora_modules(model), {n: m for n, m in model.named_modules() if type(m) is nn.Linear}
+    names = sorted({k.rpartition(".")[0] for k in tensors})
+    unknown = [n for n in names if n not in own and n not in linear]
+    if unknown: raise BadFileError(f"{path}: the model has no linear layers {unknown[:5]}; it has {sorted(set(map(_short, linear)))}")
+    try: layers = own or {n: LoRALinear(linear[n], config["r"], config["lora_alpha"]) for n in names}
+    except ValueError as e: raise BadFileError(f"{path}: {e}") from e
+    check_tensors(tensors, {f"{n}.{ab}": getattr(m, ab) for n, m in layers.items() for ab in "AB"}, str(path))
+    r, alpha = config["r"], config["lora_alpha"]
+    if any((m.r, m.alpha) != (r, alpha) for m in layers.values()):
+        raise BadFileError(f"{path}: rank {r} and alpha {alpha:g}; the model's LoRA layers have others")
+    return layers
+
+# %% ../nbs/05_load_merge.ipynb #792372e7
 def load_adapter(
     model: GPT, # the base, with or without LoRA layers of the same shape; changed in place
     path, # the adapter's folder
@@ -92,21 +107,7 @@ def load_adapter(
     for layer in layers.values(): layer.A.requires_grad_(True), layer.B.requires_grad_(True)
     return model
 
-def _matching_layers(model, config, tensors, path):
-    "LoRA layers for the tensors: the model's own where it has some, new ones elsewhere."
-    own, linear = lora_modules(model), {n: m for n, m in model.named_modules() if type(m) is nn.Linear}
-    names = sorted({k.rpartition(".")[0] for k in tensors})
-    unknown = [n for n in names if n not in own and n not in linear]
-    if unknown: raise BadFileError(f"{path}: the model has no linear layers {unknown[:5]}; it has {sorted(set(map(_short, linear)))}")
-    try: layers = own or {n: LoRALinear(linear[n], config["r"], config["lora_alpha"]) for n in names}
-    except ValueError as e: raise BadFileError(f"{path}: {e}") from e
-    check_tensors(tensors, {f"{n}.{ab}": getattr(m, ab) for n, m in layers.items() for ab in "AB"}, str(path))
-    r, alpha = config["r"], config["lora_alpha"]
-    if any((m.r, m.alpha) != (r, alpha) for m in layers.values()):
-        raise BadFileError(f"{path}: rank {r} and alpha {alpha:g}; the model's LoRA layers have others")
-    return layers
-
-# %% ../nbs/05_load_merge.ipynb #ba9949aa
+# %% ../nbs/05_load_merge.ipynb #e57b85c4
 def load_with_lora(
     base_ckpt, # a checkpoint; None: the shipped base
     adapter_ckpt, # an adapter folder
@@ -115,7 +116,7 @@ def load_with_lora(
     model = load_checkpoint(BASE if base_ckpt is None else base_ckpt)
     return load_adapter(model, adapter_ckpt).to(default_device()).eval()
 
-# %% ../nbs/05_load_merge.ipynb #92fe07f1
+# %% ../nbs/05_load_merge.ipynb #e53419e1
 def merged_linear(
     layer: LoRALinear, # base weight (out, in)
 ) -> nn.Linear: # weight W + scaling * B A, (out, in)
@@ -126,7 +127,7 @@ def merged_linear(
     new.load_state_dict({**layer.base.state_dict(), "weight": layer.base.weight + delta})
     return new.requires_grad_(False)
 
-# %% ../nbs/05_load_merge.ipynb #e53419e1
+# %% ../nbs/05_load_merge.ipynb #3fa4d045
 def merge_lora(
     model: nn.Module, # changed in place: plain linear layers again
 ) -> nn.Module: # the same model
@@ -147,7 +148,7 @@ def unmerge_lora(
     for n, layer in layers.items(): _replace(model, n, layer)
     return model
 
-# %% ../nbs/05_load_merge.ipynb #4d178a00
+# %% ../nbs/05_load_merge.ipynb #c827674b
 @contextmanager
 def disable_lora(
     model: nn.Module, # any model

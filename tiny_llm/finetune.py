@@ -98,7 +98,9 @@ def endless(
 # %% ../nbs/04_train.ipynb #0f9aef70
 class BestAdapter:
     "Validates, remembers and saves the best A and B so far."
-    def __init__(self, result: FinetuneResult, valid: list): self.result, self.valid, self.best, self.kept = result, valid, float("inf"), None
+    def __init__(self, result: FinetuneResult, valid: list):
+        self.result, self.valid, self.best, self.kept = result, valid, float("inf"), None
+        self.check(0)
 
     def check(self, step):
         "Validate after `step` steps; save the adapter if it is the best (or there is nothing to compare)."
@@ -131,9 +133,9 @@ def train_adapter(
     callback=None, # called as callback(step, loss) after each step
 ) -> FinetuneResult: # the same object
     "Train A and B with AdamW. Raises `FloatingPointError`, with the step, if loss or gradient is not finite."
+    if max_steps < 1: raise ValueError(f"max_steps must be at least 1, not {max_steps}")
     model, keeper, start = result.model, BestAdapter(result, valid), time.perf_counter()
     opt = torch.optim.AdamW(lora_parameters(model), lr=lr, weight_decay=0.0)
-    keeper.check(0)
     for step in (bar := tqdm(range(1, max_steps + 1), unit="step")):
         opt.param_groups[0]["lr"] = lr * lr_scale(step - 1, max_steps)
         x, y = (t.to(next(model.parameters()).device) for t in next(stream))
@@ -154,7 +156,7 @@ def finetune(
     out_dir, # folder for the adapter
     r: int=8, # rank
     alpha: float=16, # the update is scaled by alpha / r
-    lr: float=2e-3, # highest learning rate
+    lr: float=5e-3, # highest learning rate
     max_steps: int=150, # optimizer steps
     batch_size: int=8, # examples in a step
     seq_len: int=256, # longer examples are cut here, tokens
@@ -165,14 +167,12 @@ def finetune(
     eval_every: int=25, # steps between validations
 ) -> FinetuneResult: # the best adapter is on its model, and in `out_dir`
     "Fine-tune A and B, keep the adapter with the lowest validation loss (arXiv 2106.09685, section 4.2)."
-    if max_steps < 1: raise ValueError(f"max_steps must be at least 1, not {max_steps}")
     torch.manual_seed(seed)
     model, tok = load_base(base_ckpt)
     add_lora_to_model(model, r, alpha, targets)
-    encode = lambda texts: encode_examples(texts, tok, seq_len, mask_prompt)
-    stream = endless(encode(train_examples), batch_size, tok.pad, seed)
-    valid = encoded_batches(encode(valid_examples), batch_size, tok.pad) if valid_examples else []
-    return train_adapter(FinetuneResult(model, tok, Path(out_dir)), stream, valid, lr, max_steps, eval_every, callback)
+    train = endless(encode_examples(train_examples, tok, seq_len, mask_prompt), batch_size, tok.pad, seed)
+    valid = encode_examples(valid_examples, tok, seq_len, mask_prompt) if valid_examples else []
+    return train_adapter(FinetuneResult(model, tok, Path(out_dir)), train, encoded_batches(valid, batch_size, tok.pad), lr, max_steps, eval_every, callback)
 
 # %% ../nbs/04_train.ipynb #c69bf509
 def side_by_side(
@@ -199,7 +199,7 @@ def parser():
     p.add_argument("--data", type=Path, help="your own examples instead: JSON or JSONL, every tenth is held out")
     p.add_argument("--base", type=Path, help="a checkpoint; default: the shipped base")
     p.add_argument("--out", type=Path, default=Path("adapters"), help="the adapter goes to OUT/TASK")
-    for name, kind, value in (("r", int, 8), ("alpha", float, 16), ("lr", float, 2e-3), ("max-steps", int, 150),
+    for name, kind, value in (("r", int, 8), ("alpha", float, 16), ("lr", float, 5e-3), ("max-steps", int, 150),
                               ("batch-size", int, 8), ("seq-len", int, 288), ("seed", int, 0)):
         p.add_argument(f"--{name}", type=kind, default=value, help=" ")
     p.add_argument("--targets", nargs="+", default=["attn.qkv", "attn.W_o"], help="layers to adapt, or all-linear")

@@ -26,14 +26,11 @@ class LoRALinear(nn.Module):
         self.A = nn.Parameter(base.weight.new_empty(r, base.in_features).normal_(std=0.02))
         self.B = nn.Parameter(base.weight.new_zeros(base.out_features, r))
         self.dropout = nn.Dropout(dropout)
-
     def forward(self, x): # (…, in) x (in, r) -> (…, r);  (…, r) x (r, out) -> (…, out)
         return self.base(x) + F.linear(F.linear(self.dropout(x), self.A), self.B) * self.scaling
-
     def delta_weight(self): # (out, r) x (r, in) -> (out, in)
         "The update of the weight, `scaling * B A`, shape (out, in)."
         return (self.B @ self.A) * self.scaling
-
     def extra_repr(self): return f"r={self.r}, alpha={self.alpha}, scaling={self.scaling:g}"
 
 # %% ../nbs/02_surgery.ipynb #610cb3e2
