@@ -101,7 +101,6 @@ class BestAdapter:
     def __init__(self, result: FinetuneResult, valid: list):
         self.result, self.valid, self.best, self.kept = result, valid, float("inf"), None
         self.check(0)
-
     def check(self, step):
         "Validate after `step` steps; save the adapter if it is the best (or there is nothing to compare)."
         r = self.result
@@ -110,12 +109,10 @@ class BestAdapter:
         if step and loss < self.best:
             self.best, self.kept = loss, [p.detach().clone() for p in lora_parameters(r.model)]
             save_adapter(r.model, r.out_dir)
-
     def status(self):
         "What the progress bar shows."
         r = self.result
         return dict(loss=f"{r.losses[-1]:.3f}", **({"valid": f"{r.valid_losses[-1][1]:.3f}"} if self.valid else {}))
-
     def restore(self):
         "Put the best A and B back on the model."
         with torch.no_grad():
