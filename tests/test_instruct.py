@@ -24,7 +24,20 @@ def test_pairing():
     assert out == make_instruction_dataset([{"story": s} for s in stories]) != make_instruction_dataset(stories, seed=1)
     assert all(o.endswith(f"[/INST] {s}") for o, s in zip(out, stories))
     assert len({o.split("[/INST]")[0] for o in out}) == len(INSTRUCTION_PROMPTS)  # all are used before one comes back
-    assert make_instruction_dataset([]) == []
+    assert make_instruction_dataset([]) == make_moral_dataset([]) == bucketed_batches([], 4) == []
+    assert make_instruction_dataset(iter(stories)) == out  # anything that can be looped over
+
+def test_about_fifty_prompts():
+    assert 45 <= len(INSTRUCTION_PROMPTS) == len(set(INSTRUCTION_PROMPTS)) <= 60
+    assert all(format_prompt(p) == f"[INST] {p}[/INST]" for p in INSTRUCTION_PROMPTS)
+
+def test_question_before_story():
+    assert make_moral_dataset([{"story": " A fox.\n", "moral": "Be kind. "}]) == ["[INST] What is the moral of this story? A fox.[/INST] Be kind."]
+
+@pytest.mark.parametrize("bad, says", [(None, "missing"), (5, "int, not text"), (b"x", "bytes, not text"), (" ", "empty"), ("[INST]", "reserved"), ("\ud800", "surrogates")])
+def test_bad_prompt_or_answer_is_named(bad, says):
+    with pytest.raises(ValueError, match=says): format_prompt(bad)
+    with pytest.raises(ValueError, match=says): format_example("Hi.", bad)
 
 @pytest.mark.parametrize("bad", ["", "  ", 3, None, {}, {"story": 3}, "a [INST] b", {"story": "a [/INST] b"}])
 def test_bad_story_is_named(bad):
@@ -55,9 +68,12 @@ def test_truncation_boundary(tok):
     n = 1 + len(tok.encode(format_prompt("Hi.")))
     (ids, labels), = encode_examples([text], tok, seq_len=n + 1, mask_prompt=True)  # one answer token is left
     assert len(ids) == n + 1 and labels[-1] == ids[-1] != tok.eot
-    for seq_len in (n, 1):
-        with pytest.raises(ValueError, match="nothing to learn"): encode_examples([text], tok, seq_len=seq_len, mask_prompt=True)
-    with pytest.raises(ValueError, match="nothing to learn"): encode_examples([text], tok, seq_len=1)  # the start token is never predicted
+    with pytest.raises(ValueError, match="nothing to learn"): encode_examples([text], tok, seq_len=n, mask_prompt=True)
+    assert encode_examples([text], tok, seq_len=2) == [(ids[:2], ids[:2])]
+
+@pytest.mark.parametrize("seq_len", [1, 0, -3, None, 2.5, "8"])
+def test_bad_seq_len(tok, seq_len):  # the start token is never predicted: 1 leaves nothing; -3 would cut from the end
+    with pytest.raises(ValueError, match="seq_len must be a whole number of at least 2"): encode_examples(["A."], tok, seq_len=seq_len)
 
 def test_skipped_are_reported_by_index(tok):
     short, long = format_example("Hi.", "Hello."), format_example("Hi. " * 50, "Hello.")
@@ -68,14 +84,69 @@ def test_skipped_are_reported_by_index(tok):
         assert len(encode_examples([long, short], tok, seq_len=30)) == 2  # unmasked: the prompt is learned
 
 def test_nothing_to_encode(tok):
-    with pytest.raises(ValueError): encode_examples([], tok)
-    with pytest.raises(ValueError, match="INST"): encode_examples(["no mark"], tok, mask_prompt=True)
+    with pytest.raises(ValueError, match="there are no examples"): encode_examples([], tok)
+    for text in ("no mark", "[INST] Hi.[/INST]", "[INST] Hi.[/INST]  "):
+        with pytest.raises(ValueError, match=r"example 1: no \[/INST\] with an answer"): encode_examples(["[INST] A.[/INST] B.", text], tok, mask_prompt=True)
+    with pytest.raises(TypeError, match="a list of examples"): encode_examples("[INST] Hi.[/INST] A fox.", tok)  # not letter by letter
+
+@pytest.mark.parametrize("bad", [None, 5, "", " ", b"x", "half a \ud800 pair"])
+def test_bad_example_is_named(tok, bad):
+    with pytest.raises(ValueError) as e: encode_examples(["A fox.", bad], tok)
+    assert str(e.value).startswith("example 1: ")
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_space_around_an_example_is_kept(tok, mask):
+    text = " [INST] Hi.[/INST] A fox.\n"
+    (ids, _), = encode_examples([text], tok, mask_prompt=mask)
+    assert tok.decode(ids) == EOT + text + EOT
+
+def test_tokenizer_without_an_end_token():
+    class Foreign:
+        def encode(self, text): return [1, 2]
+    for bad in (Foreign(), None):
+        with pytest.raises(ValueError, match="has no `eot`"): encode_examples(["A fox."], bad)
+
+def test_long_report_is_short(tok):
+    short, long = format_example("Hi.", "Hello."), format_example("Hi. " * 50, "Hello.")
+    with pytest.warns(UserWarning, match=r"skipped 30 of 31 examples.*\[0, 1, .*, 9, …\]$") as w: encode_examples([long] * 30 + [short], tok, 30, True)
+    assert len(w) == 1 and w[0].filename == __file__  # points at the caller
 
 # --- batches
 def test_collate_shift_and_padding():
     x, y = collate([([5, 6, 7], [IGNORE, 6, 7]), ([5, 8], [5, 8])], pad_id=1)
     assert x.tolist() == [[5, 6], [5, 1]] and y.tolist() == [[6, 7], [8, IGNORE]] and x.dtype == y.dtype == torch.long
     with pytest.raises(ValueError, match="empty"): collate([], 1)
+
+@pytest.mark.parametrize("ids, labels", [([1, 2, 3], [1, 2]), ([1, 2], [1, 2, 3]), ([1], [1]), ([], [])])
+def test_collate_refuses_what_does_not_fit(ids, labels):  # (3, 2) would be broadcast without a word
+    with pytest.raises(ValueError, match=f"example 1 has {len(ids)} ids and {len(labels)} labels"): collate([([1, 2], [1, 2]), (ids, labels)], 0)
+
+def test_collate_refuses_a_batch_without_labels():
+    for labels in ([IGNORE] * 3, [5, IGNORE, IGNORE]):  # the label of the first token is never used
+        with pytest.raises(ValueError, match="NaN"): collate([([5, 6, 7], labels)] * 2, 1)
+
+def test_a_row_without_labels_adds_nothing(tok):
+    torch.manual_seed(0)
+    table = torch.randn(len(tok), len(tok), requires_grad=True)  # logits of a model that sees one token
+    rows = encode_examples([format_example("Hi.", "Hello."), format_example("Say yes.", "Yes.")], tok, mask_prompt=True)
+    blank = (rows[1][0], [IGNORE] * len(rows[1][0]))
+    def loss(batch):
+        x, y = collate(batch, tok.pad)
+        return torch.nn.functional.cross_entropy(table[x].flatten(0, 1), y.flatten())
+    a, b = loss(rows), loss([blank, rows[0], blank, rows[1]])
+    torch.testing.assert_close(a, b)
+    (ga,), (gb,) = torch.autograd.grad(a, table), torch.autograd.grad(b, table)
+    assert ga.abs().max() > 0
+    torch.testing.assert_close(ga, gb)
+
+@pytest.mark.parametrize("seq_len", [14, 20, 24, 30, 256])
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_no_batch_is_without_labels(tok, seq_len):
+    "Whatever is cut, no batch on the way to the loss can make it NaN."
+    texts = [format_example("Hi. " * (i % 7 + 1), "Hello. " * (i % 5 + 1)) for i in range(40)]
+    try: encoded = encode_examples(texts, tok, seq_len, mask_prompt=True)
+    except ValueError as e: assert "nothing to learn" in str(e) and seq_len == 14; return
+    for batch in bucketed_batches(encoded, 1): assert (collate(batch, tok.pad)[1] != IGNORE).any()
 
 def test_pad_id_inside_an_example_is_still_scored():
     assert collate([([0, 1, 0], [0, 1, 0])], pad_id=1)[1].tolist() == [[1, 0]]
@@ -88,8 +159,14 @@ def test_buckets_hold_each_example_once(n, size):
     assert batches == bucketed_batches(data, size, seed=3)
     assert len(batches) == -(-n // size)
 
-def test_bad_batch_size():
-    with pytest.raises(ValueError, match="batch_size"): bucketed_batches([([1, 2], [1, 2])], 0)
+@pytest.mark.parametrize("size", [0, -1, 1.5, None, "4"])
+def test_bad_batch_size(size):
+    with pytest.raises(ValueError, match="batch_size must be a whole number of at least 1"): bucketed_batches([([1, 2], [1, 2])], size)
+
+@pytest.mark.parametrize("make", [make_instruction_dataset, make_moral_dataset, lambda v: collate(v, 1), lambda v: bucketed_batches(v, 2)])
+@pytest.mark.parametrize("bad", [None, 5, "A fox.", b"A fox.", {"story": "A.", "moral": "B."}])
+def test_a_list_is_asked_for(make, bad):
+    with pytest.raises(TypeError, match=f"a list of (record|example)s is needed, not {type(bad).__name__}"): make(bad)
 
 # --- reader
 def test_json_and_jsonl_agree(read):
@@ -117,12 +194,27 @@ def test_masking_a_conversation_leaves_the_last_answer(read, tok):
 @pytest.mark.parametrize("text, where", [
     ('{"story": "A."}\n{"story": ', "line 2"), ('{"story": "A."}\n\n{"title": "A."}', "line 3"), ('{"story": "A."}\n[1]', "line 2"), ('{"story": "A."}\n5', "line 2"),
     ('[{"story": "A."}, {"story": 5}]', "record 1"), ('[\n{"story": "A."},\n{"story" "B"}]', "line 3"), ("null", "line 1"), ("null\nnull", "line 1"), ("", "no examples"),
-    ("[]", "no examples"), ("once upon a time", "line 1"), (b"\xff\xfe\x00", "decode"), ('{"instruction": "A", "output": ""}', "line 1"),
+    ("[]", "no examples"), ("once upon a time", "line 1"), (b"\xff\xfe\x00", "not UTF-8"), (b'{"story": "caf\xe9"}', "not UTF-8 text (byte 14)"), ('{"instruction": "A", "output": ""}', "line 1"),
     ('{"instruction": 5, "output": "A"}', "line 1"), ('{"instruction": null, "output": "A"}', "line 1"), ('{"instruction": "A", "output": null}', "line 1"),
-    ('{"text": null}', "line 1"), ('{"text": "a [/INST] b"}', "line 1"), ('{"story": "A.", "prompt": 5}', "line 1"), ('{"messages": null}', "line 1")])
+    ('{"text": null}', "line 1"), ('{"text": "a [/INST] b"}', "line 1"), ('{"story": "A.", "prompt": 5}', "line 1: field 'prompt' is int"), ('{"messages": null}', "line 1"),
+    ("5", "line 1: int, not a JSON object"), ('"A fox."', "line 1: str"), ('[{"story": "A."}, 5]', "record 1: int"), ('[{"instruction": "A", "output": "B"}, {"instruction": "A", "output": ["B"]}]', "record 1: field 'output' is list"),
+    ('{"instruction": "A", "input": 0, "output": "B"}', "line 1: field 'input' is int"), ('{"story": "\\ud800"}', "line 1: 'utf-8'"), ("[" * 100_000, "recursion"),
+    ('{"text": "[INST] a[/INST] "}', "line 1: the answer is empty"), ('{"text": "[INST] [/INST] b"}', "line 1: the prompt is empty"), ('{"text": "[INST] a b"}', "line 1: field 'text' has"), ('{"text": "[INST] a[/INST] b [INST] c"}', "line 1: field 'text' has"),
+    ('{"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, {"role": "user", "content": "C"}]}', "the roles are user, assistant, user"),
+    ('{"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": ["B"]}]}', "content of message 1 is list")])
 def test_bad_files_are_named(read, text, where):
     with pytest.raises(BadFileError, match="Known layouts") as e: read(text)
     assert where in str(e.value) and "data.json" in str(e.value) and "Dolly" in str(e.value)
 
-def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError): read_examples(tmp_path/"none.json")
+def test_marked_text_is_checked_and_tidied(read):
+    assert read(json.dumps({"text": " [INST]  a\n[/INST]b  [INST] c [/INST] d\n"})) == ["[INST] a[/INST] b [INST] c[/INST] d"]
+
+def test_optional_fields_may_be_empty(read):
+    for nothing in (None, "", " \n"):
+        assert read(json.dumps({"instruction": "A", "input": nothing, "output": "C"})) == ["[INST] A[/INST] C"]
+        assert read(json.dumps({"story": "A fox.", "prompt": nothing})) == read('{"story": "A fox."}')
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.json"): read_examples(tmp_path/"none.json")
+    with pytest.raises(BadFileError, match="a folder"): read_examples(tmp_path)
+    with pytest.raises(TypeError): read_examples(None)

@@ -7,34 +7,46 @@ __all__ = ['INST', 'END_INST', 'INSTRUCTION_PROMPTS', 'LAYOUTS', 'IGNORE', 'form
            'make_instruction_dataset', 'make_moral_dataset', 'read_examples', 'encode_examples', 'collate',
            'bucketed_batches']
 
-# %% ../nbs/03_data.ipynb #2d558dbf
+# %% ../nbs/03_data.ipynb #dd2a2fd1
 import json, random, warnings
 from itertools import cycle
 from pathlib import Path
 import torch
 from .files import BadFileError
 
-# %% ../nbs/03_data.ipynb #b9c229d1
+# %% ../nbs/03_data.ipynb #aec1abe9
 INST, END_INST = "[INST]", "[/INST]"
 
+def _text(text, what):
+    "`text` without the space around it, or a ValueError that says what is wrong with `what`."
+    if text is None: raise ValueError(f"{what} is missing")
+    if not isinstance(text, str): raise ValueError(f"{what} is {type(text).__name__}, not text")
+    if not text.strip(): raise ValueError(f"{what} is empty")
+    text.encode()  # half a surrogate pair, legal in JSON, is no text: UnicodeEncodeError is a ValueError
+    return text.strip()
+
+# %% ../nbs/03_data.ipynb #96dfe605
+def _unmarked(text, what):
+    "`_text`, which must not hold a mark."
+    text = _text(text, what)
+    if INST in text or END_INST in text: raise ValueError(f"{what} holds {INST} or {END_INST}; these marks are reserved")
+    return text
+
+# %% ../nbs/03_data.ipynb #2b93b4ec
 def format_prompt(
     prompt: str,  # the request
 ) -> str:  # what the model is given: "[INST] request[/INST]"
-    "The request between its marks. Raises ValueError on an empty one or one that holds a mark."
-    if not isinstance(prompt, str) or not prompt.strip(): raise ValueError("the text is missing, empty or not a string")
-    if INST in prompt or END_INST in prompt: raise ValueError(f"{INST} and {END_INST} are reserved marks: take them out of the text")
-    return f"{INST} {prompt.strip()}{END_INST}"
+    "The request between its marks. Raises ValueError if it is empty, not text, or holds a mark."
+    return f"{INST} {_unmarked(prompt, 'the prompt')}{END_INST}"
 
-# %% ../nbs/03_data.ipynb #3402ace9
 def format_example(
     prompt: str,  # the request
     answer: str,  # what the model should say
 ) -> str:  # "[INST] request[/INST] answer"
     "One training example. Raises ValueError as `format_prompt` does, for either part."
-    format_prompt(answer)  # the same rules hold for the answer
-    return f"{format_prompt(prompt)} {answer.strip()}"
+    return f"{format_prompt(prompt)} {_unmarked(answer, 'the answer')}"
 
-# %% ../nbs/03_data.ipynb #77cb2ae7
+# %% ../nbs/03_data.ipynb #2c257fe7
 INSTRUCTION_PROMPTS = [p.strip() for p in """
 Tell me a short story. | Write a bedtime story for a child. | Tell me a story. | Can you tell me a story?
 Write a short story. | Please tell me a little story. | I would like to hear a story. | Make up a story for me.
@@ -47,7 +59,7 @@ Start a story and finish it. | Write a story with a beginning, a middle and an e
 Write a story about someone who learns something. | Tell me a story with a lesson in it. | A new story, please.
 """.replace("\n", "|").split("|") if p.strip()]
 
-# %% ../nbs/03_data.ipynb #0a883950
+# %% ../nbs/03_data.ipynb #3213d45f
 INSTRUCTION_PROMPTS += [p.strip() for p in """
 Share a short story with me. | Write one short story for a picture book. | Tell us a story, just a little one.
 We have five minutes. Tell us a story. | Can I have a story now? | Tell me a story I have not heard before.
@@ -58,20 +70,28 @@ Write a story for children. | I want a story about a small problem. | My class n
 Grandpa, tell me a story! | Tell me what happened to somebody one day.
 """.replace("\n", "|").split("|") if p.strip()]
 
-# %% ../nbs/03_data.ipynb #6defdab9
-def _field(record, name, i):
-    "`record[name]`, or a ValueError that names the record and what it lacks."
-    if not isinstance(record, dict): raise ValueError(f"record {i} is a {type(record).__name__}, not a dict")
-    text = record.get(name)
-    if not isinstance(text, str) or not text.strip(): raise ValueError(f"record {i}: field {name!r} is missing, empty or not text")
-    return text
+# %% ../nbs/03_data.ipynb #66943fbe
+def _listed(things, what):
+    "`things` as a list; TypeError for a lone text or dict, or what is no collection."
+    if isinstance(things, (str, bytes, dict)) or not hasattr(things, "__iter__"):
+        raise TypeError(f"a list of {what}s is needed, not {type(things).__name__}")
+    return list(things)
 
-def _numbered(i, prompt, answer):
-    "`format_example`, with the record named in its error."
-    try: return format_example(prompt, answer)
-    except ValueError as e: raise ValueError(f"record {i}: {e}") from None
+def _each(make, things, what):
+    "`make` of each thing; its ValueError gets the number of the thing."
+    out = []
+    for i, thing in enumerate(_listed(things, what)):
+        try: out.append(make(thing))
+        except ValueError as e: raise ValueError(f"{what} {i}: {e}") from None
+    return out
 
-# %% ../nbs/03_data.ipynb #21666576
+# %% ../nbs/03_data.ipynb #e88a6202
+def _field(record, name):
+    "The text in `record[name]`, or a ValueError that names the field."
+    if not isinstance(record, dict): raise ValueError(f"{type(record).__name__} has no field {name!r}")
+    return _unmarked(record.get(name), f"field {name!r}")
+
+# %% ../nbs/03_data.ipynb #a6a6bf31
 def _prompts(seed):
     "The prompts in a fixed random order, over and over."
     return cycle(random.Random(seed).sample(INSTRUCTION_PROMPTS, len(INSTRUCTION_PROMPTS)))
@@ -79,68 +99,82 @@ def _prompts(seed):
 def make_instruction_dataset(
     stories,  # list of str, or of dicts with a field "story"
     seed: int = 0,  # which prompt goes to which story
-) -> list[str]:  # "[INST] prompt[/INST] story"
-    "Pair each story with a prompt; prompts are used in turn. Raises ValueError naming a bad record."
-    texts = [s if isinstance(s, str) else _field(s, "story", i) for i, s in enumerate(stories)]
-    return [_numbered(i, p, t) for i, (p, t) in enumerate(zip(_prompts(seed), texts))]
+) -> list[str]:  # "[INST] prompt[/INST] story"; no stories, no examples
+    "Pair each story with a prompt; prompts are used in turn. Raises ValueError naming a bad record, TypeError if not a list."
+    prompts = _prompts(seed)
+    story = lambda r: _unmarked(r, "the story") if isinstance(r, str) else _field(r, "story")
+    return _each(lambda r: format_example(next(prompts), story(r)), stories, "record")
 
-# %% ../nbs/03_data.ipynb #c9eeab62
+# %% ../nbs/03_data.ipynb #520dd517
+def _moral(r):
+    "One example of the moral dataset."
+    lacks = [f for f in ("story", "moral") if isinstance(r, dict) and f not in r]
+    if lacks: raise ValueError(f"lacks {' and '.join(lacks)}; a record needs story and moral")
+    return format_example(f"What is the moral of this story? {_field(r, 'story')}", _field(r, "moral"))
+
 def make_moral_dataset(
     records,  # list of dicts with fields "story" and "moral"
-) -> list[str]:  # "[INST] What is the moral of this story? story[/INST] moral"
-    "Ask for the moral of each story. Raises ValueError naming the record and the missing fields."
-    out = []
-    for i, r in enumerate(records):
-        lacks = [f for f in ("story", "moral") if not isinstance(r, dict) or f not in r]
-        if lacks: raise ValueError(f"record {i} lacks {' and '.join(lacks)}: each record needs story and moral")
-        story, moral = _field(r, "story", i), _field(r, "moral", i)
-        out.append(_numbered(i, f"What is the moral of this story? {story.strip()}", moral))
-    return out
+) -> list[str]:  # "[INST] What is the moral of this story? story[/INST] moral"; no records, no examples
+    "Ask for the moral of each story. Raises ValueError naming the record and the field, TypeError if not a list."
+    return _each(_moral, records, "record")
 
-# %% ../nbs/03_data.ipynb #3cb8817a
+# %% ../nbs/03_data.ipynb #1cf43a96
 LAYOUTS = """{"story", "prompt" (optional)}
 {"instruction", "input" (optional), "output"}  (Alpaca)
 {"instruction", "context" (optional), "response"}  (Dolly)
 {"messages": [{"role": "user", "content"}, {"role": "assistant", "content"}, ...]}  (chat)
 {"text"}  (a story, or an example already in the [INST] form)"""
 
+def _optional(r, name):
+    "The text in a field that may be missing, null or empty."
+    value = r.get(name)
+    return "" if value is None or isinstance(value, str) and not value.strip() else _field(r, name)
+
 def _instruction(r, extra, answer):
     "Alpaca and Dolly: an instruction, perhaps something to apply it to, and the answer."
-    if not all(isinstance(r.get(k) or "", str) for k in ("instruction", extra)): raise ValueError("a field is not text")
-    prompt = "\n".join(t.strip() for t in (r["instruction"], r.get(extra)) if t and t.strip())
-    return [format_example(prompt, r[answer])]
+    prompt = f"{_field(r, 'instruction')}\n{_optional(r, extra)}"
+    return [format_example(prompt, _field(r, answer))]
 
-# %% ../nbs/03_data.ipynb #dbea62fa
-def _turns(messages):
-    "[(user, assistant), ...]; a system turn is put in front of the first user turn."
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
-        raise ValueError("messages must be a list of objects with role and content")
-    turns = [(m.get("role"), m["content"]) for m in messages]
-    system = turns.pop(0)[1].strip() + "\n" if turns and turns[0][0] == "system" else ""
-    if not turns or [role for role, _ in turns] != ["user", "assistant"] * (len(turns) // 2):
-        raise ValueError("messages must alternate user, assistant and end with assistant")
-    texts = [text for _, text in turns]
-    return list(zip([system + texts[0]] + texts[2::2], texts[1::2]))
+# %% ../nbs/03_data.ipynb #87bbcd2d
+def _contents(messages):
+    "The texts of user and assistant in turn; a system message is put in front of the first."
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise ValueError("messages is not a list of objects")
+    roles = [m.get("role") for m in messages]
+    texts = [_unmarked(m.get("content"), f"content of message {i}") for i, m in enumerate(messages)]
+    if roles[:1] == ["system"]: roles, texts = roles[1:], [f"{texts[0]}\n{t}" for t in texts[1:2]] + texts[2:]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        said = ", ".join(map(str, roles[:8])) or "none"
+        raise ValueError(f"messages must alternate user, assistant and end with assistant; the roles are {said}")
+    return texts
 
-# %% ../nbs/03_data.ipynb #aeb56fe3
+# %% ../nbs/03_data.ipynb #28737093
 def _chat(messages):
     "One example per answer: the turns so far are its prompt."
-    turns = [format_example(user, answer) for user, answer in _turns(messages)]
+    texts = _contents(messages)
+    turns = [format_example(*pair) for pair in zip(texts[::2], texts[1::2])]
     return [" ".join(turns[:n]) for n in range(1, len(turns) + 1)]
 
-# %% ../nbs/03_data.ipynb #e0fa6106
+# %% ../nbs/03_data.ipynb #75b126fe
+def _marked(text):
+    "An example that has its marks, turn by turn."
+    turns = [t.split(END_INST) for t in text.strip().removeprefix(INST).split(INST)]
+    if not all(len(t) == 2 for t in turns): raise ValueError(f"field 'text' has {INST} without {END_INST} after it, or the reverse")
+    return " ".join(format_example(*t) for t in turns)
+
+# %% ../nbs/03_data.ipynb #afe2f570
 def _examples(r, prompt):
     "The examples in one record; `prompt` is for a story that comes without one."
-    if not isinstance(r, dict): raise ValueError("not a JSON object")
+    if not isinstance(r, dict): raise ValueError(f"{type(r).__name__}, not a JSON object")
     if "messages" in r: return _chat(r["messages"])
     if "output" in r and "instruction" in r: return _instruction(r, "input", "output")
     if "response" in r and "instruction" in r: return _instruction(r, "context", "response")
-    if "story" in r: return [format_example(r.get("prompt") or prompt, r["story"])]
+    if "story" in r: return [format_example(_optional(r, "prompt") or prompt, _field(r, "story"))]
     if "text" not in r: raise ValueError(f"its fields {sorted(r)} match no layout")
-    if isinstance(r["text"], str) and r["text"].startswith(INST) and END_INST in r["text"]: return [r["text"]]
-    return [format_example(prompt, r["text"])]
+    text = _text(r["text"], "field 'text'")
+    return [_marked(text) if text.startswith(INST) else format_example(prompt, _field(r, "text"))]
 
-# %% ../nbs/03_data.ipynb #482f1916
+# %% ../nbs/03_data.ipynb #66830c1f
 def _lines(text):
     "(place, record) for each line of a JSONL text."
     for n, line in enumerate(text.split("\n"), 1):  # not splitlines: a JSON string may hold U+2028
@@ -148,7 +182,7 @@ def _lines(text):
         except json.JSONDecodeError as e: raise ValueError(f"line {n}: not valid JSON ({e.msg})") from None
         if line.strip(): yield f"line {n}: ", r
 
-# %% ../nbs/03_data.ipynb #49ffe4cc
+# %% ../nbs/03_data.ipynb #ec12fc76
 def _records(text):
     "[(place, record), ...] of a JSON or JSONL text."
     try: whole = json.loads(text)
@@ -157,75 +191,103 @@ def _records(text):
         return list(_lines(text))
     return [(f"record {i}: ", r) for i, r in enumerate(whole)] if isinstance(whole, list) else [("line 1: ", whole)]
 
-# %% ../nbs/03_data.ipynb #b4cbcdb2
+# %% ../nbs/03_data.ipynb #b4afa0fb
+def _file_text(path):
+    "The text of a file, without a byte order mark, each line ending in a plain newline."
+    if path.is_dir(): raise ValueError("this is a folder, not a file")
+    try: return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e: raise ValueError(f"not UTF-8 text (byte {e.start}); save it as UTF-8") from None
+
 def read_examples(
     path,  # a .json or .jsonl file, UTF-8
     seed: int = 0,  # which prompt goes to a story that has none
 ) -> list[str]:  # "[INST] prompt[/INST] answer"
-    "Read examples in any of `LAYOUTS`. Raises BadFileError naming the line (of a JSON list: the record, from 0)."
+    "Read examples in any of `LAYOUTS`. Raises BadFileError naming line or record (from 0) and field; FileNotFoundError."
     out, place, prompts = [], "", _prompts(seed)
     try:
-        for place, r in _records(Path(path).read_text(encoding="utf-8-sig")): out += _examples(r, next(prompts))
+        for place, r in _records(_file_text(Path(path))): out += _examples(r, next(prompts))
         if not out: raise ValueError("there are no examples in it")
-    except ValueError as e: raise BadFileError(f"{path}: {place}{e}\nKnown layouts:\n{LAYOUTS}") from None
+    except (ValueError, RecursionError) as e: raise BadFileError(f"{path}: {place}{e}\nKnown layouts:\n{LAYOUTS}") from None
     return out
 
-# %% ../nbs/03_data.ipynb #5b454d59
+# %% ../nbs/03_data.ipynb #3b14f341
 IGNORE = -100  # the label that F.cross_entropy leaves out
 
 def _encode(text, tok, seq_len, mask_prompt):
     "(ids, labels) of one example, cut to `seq_len`."
+    _text(text, "the text")
     head, mark, answer = text.rpartition(END_INST)  # the last mark: all before it is prompt
-    if mask_prompt and not mark: raise ValueError(f"no {END_INST} to mask up to in {text[:40]!r}")
+    if mask_prompt and not (mark and answer.strip()):
+        raise ValueError(f"no {END_INST} with an answer after it, so nothing to mask up to, in {text[:40]!r}")
     prompt = [tok.eot] + tok.encode(head + mark)
     ids = prompt + tok.encode(answer) + [tok.eot]
     labels = [IGNORE] * len(prompt) + ids[len(prompt):] if mask_prompt else list(ids)
     return ids[:seq_len], labels[:seq_len]
 
-# %% ../nbs/03_data.ipynb #a30968d1
+# %% ../nbs/03_data.ipynb #6cf45b86
 def _learns(encoded):
     "Is any label scored? The first token is never predicted, so its label does not count."
     return any(l != IGNORE for l in encoded[1][1:])
 
 def _report(skipped, n, seq_len):
     "Warn about the skipped examples; raise if they are all there is."
+    if n == 0: raise ValueError("there are no examples to encode")
     if len(skipped) == n: raise ValueError(f"nothing to learn: none of {n} examples reaches its answer within seq_len={seq_len}")
-    if skipped: warnings.warn(f"skipped, as cut before the answer at seq_len={seq_len}: examples {skipped}", stacklevel=3)
+    more = ", …" if len(skipped) > 10 else ""
+    if skipped: warnings.warn(f"skipped {len(skipped)} of {n} examples, cut before the answer at seq_len={seq_len}: "
+                              f"[{', '.join(map(str, skipped[:10]))}{more}]", stacklevel=3)
 
-# %% ../nbs/03_data.ipynb #490958a4
+# %% ../nbs/03_data.ipynb #b03b3d81
+def _at_least(least, n, name):
+    "Raise ValueError unless `n` is a whole number of at least `least`."
+    if not isinstance(n, int) or n < least: raise ValueError(f"{name} must be a whole number of at least {least}, not {n!r}")
+
 def encode_examples(
     examples,  # list of str in the [INST] form
     tok,  # BPETokenizer
-    seq_len: int = 256,  # longest example kept whole, in tokens
+    seq_len: int = 256,  # longest example kept whole, in tokens; at least 2
     mask_prompt: bool = False,  # learn the answer only
 ) -> list[tuple[list[int], list[int]]]:  # (ids, labels), equally long and aligned
-    "Encode, cut to `seq_len`, and skip with a warning what has nothing left to learn. Raises ValueError if that is all."
-    encoded = [_encode(text, tok, seq_len, mask_prompt) for text in examples]
+    "Encode and cut to `seq_len`; skip with a warning what has no label left. Raises ValueError on a bad example, or if none is left."
+    _at_least(2, seq_len, "seq_len")
+    if getattr(tok, "eot", None) is None: raise ValueError(f"{type(tok).__name__} has no `eot`, the id that ends an example")
+    encoded = _each(lambda text: _encode(text, tok, seq_len, mask_prompt), examples, "example")
     _report([i for i, e in enumerate(encoded) if not _learns(e)], len(encoded), seq_len)
     return [e for e in encoded if _learns(e)]
 
-# %% ../nbs/03_data.ipynb #fd5310bc
+# %% ../nbs/03_data.ipynb #c6159f3c
+def _aligned(encoded):
+    "The examples as a list; ValueError if there are none, or if the ids and labels of one do not go together."
+    encoded = _listed(encoded, "example")
+    if not encoded: raise ValueError("an empty batch: there are no examples to collate")
+    for i, (ids, labels) in enumerate(encoded):
+        if not 2 <= len(ids) == len(labels):
+            raise ValueError(f"example {i} has {len(ids)} ids and {len(labels)} labels; both need the same number, at least 2")
+    return encoded
+
+# %% ../nbs/03_data.ipynb #7cc10aac
 def collate(
     encoded,  # list of (ids, labels)
     pad_id: int,  # fills `x` on the right
 ) -> tuple[torch.Tensor, torch.Tensor]:  # x, y: (B, T) long; y[t] is the label of the token after x[t]
-    "One batch, padded to its longest example; −100 in `y` wherever nothing is scored. Raises ValueError on no examples."
-    if not encoded: raise ValueError("an empty batch: there are no examples to collate")
+    "One batch, padded to its longest example, −100 in `y` on the padding. Raises ValueError if empty, misaligned or without any label."
+    encoded = _aligned(encoded)
     T = max(len(ids) for ids, _ in encoded) - 1
     x, y = (torch.full((len(encoded), T), fill) for fill in (pad_id, IGNORE))  # (B, T) each
     for row, (ids, labels) in enumerate(encoded):
         x[row, :len(ids) - 1], y[row, :len(ids) - 1] = torch.tensor(ids[:-1]), torch.tensor(labels[1:])
+    if (y == IGNORE).all(): raise ValueError("no position of this batch has a label, so its loss would be NaN")
     return x, y
 
-# %% ../nbs/03_data.ipynb #d43cebe0
+# %% ../nbs/03_data.ipynb #9cba3885
 def bucketed_batches(
     encoded,  # list of (ids, labels)
     batch_size: int,  # examples per batch; one batch may be smaller
     seed: int = 0,  # order of the batches, and who meets whom among near-equal lengths
-) -> list[list[tuple[list[int], list[int]]]]:  # each example exactly once
+) -> list[list[tuple[list[int], list[int]]]]:  # each example exactly once; no examples, no batches
     "Batches of similar length, in random order. Raises ValueError if `batch_size` < 1."
-    if batch_size < 1: raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    rng = random.Random(seed)
+    _at_least(1, batch_size, "batch_size")
+    encoded, rng = _listed(encoded, "example"), random.Random(seed)
     order = sorted(rng.sample(encoded, len(encoded)), key=lambda e: len(e[0]) // 8)  # coarse: neighbours change with the seed
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     return rng.sample(batches, len(batches))
