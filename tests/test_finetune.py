@@ -1,47 +1,284 @@
-"The main job, small."
+"The main job, small: learning, stopping, going on, and what it says to a user who errs."
+import inspect, os, signal, subprocess, sys, time
 import pytest, torch
-from tiny_llm.finetune import finetune, main
+import tiny_llm.finetune as ft
+from tiny_llm import instruct
+from tiny_llm.adapter import load_adapter, load_with_lora, read_adapter
+from tiny_llm.files import BadFileError
+from tiny_llm.finetune import OPTIONS, finetune, main
 from tiny_llm.generate import load_base
-from tiny_llm.gpt import fingerprint
-from tiny_llm.lora import lora_parameters
+from tiny_llm.gpt import GPT, GPTConfig, fingerprint, save_checkpoint
+from tiny_llm.lora import lora_modules, lora_parameters
 
-DATA = [f"[INST] Tell me about the {a}.[/INST] The {a} was happy." for a in ("fox", "bear", "cat", "dog", "hen", "cow", "pig", "bee", "owl", "ant")]
+ANIMALS = ("fox", "bear", "cat", "dog", "hen", "cow", "pig", "bee", "owl", "ant")
+DATA = [f"[INST] Tell me about the {a}.[/INST] The {a} was happy." for a in ANIMALS]
+SETTINGS = dict(max_steps=160, eval_every=4, batch_size=2, lr=5e-3)
+CHILD = f"""
+import sys, torch
+from tiny_llm.finetune import finetune
+torch.set_num_threads(1)
+DATA = {DATA!r}
+finetune(sys.argv[1], DATA, DATA[:3], sys.argv[2], **{SETTINGS!r})
+"""
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    "A small untrained base; with dropout, so that the random state matters."
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("base")/"tiny.safetensors"
+    save_checkpoint(GPT(GPTConfig(d_model=32, n_heads=2, n_layers=2, d_mlp=48, dropout=0.1)), path)
+    return path
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+def run(tiny, out, **settings): return finetune(tiny, DATA, DATA[:3], out, **{**SETTINGS, "max_steps": 8, "eval_every": 2, **settings})
+def adapter_bytes(out): return {k: t.numpy().tobytes() for k, t in read_adapter(out)[1].items()} # the file's header has no fixed order
+def names(out): return sorted(p.name for p in out.iterdir())
+ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
+
+def stop_at(n, error=KeyboardInterrupt):
+    def callback(step, loss):
+        if step == n: raise error("stopped by the test")
+    return callback
 
 def test_learns_and_keeps_the_base(tmp_path):
     seen = []
     result = finetune(None, DATA, DATA[:3], tmp_path/"a", max_steps=12, eval_every=4, lr=5e-3, callback=lambda s, loss: seen.append((s, loss)))
     assert [s for s, _ in seen] == list(range(1, 13)) and [loss for _, loss in seen] == result.losses
     assert [s for s, _ in result.valid_losses] == [0, 4, 8, 12] and result.valid_losses[-1][1] < 0.7 * result.valid_losses[0][1]
-    assert fingerprint(result.model) == fingerprint(load_base()[0])
+    assert fingerprint(result.model) == fingerprint(load_base()[0]) and not result.model.training
+    assert 0 < result.train_seconds < result.seconds and result.tokens_per_second == result.tokens / result.train_seconds
+    assert names(tmp_path/"a") == ADAPTER
 
-def test_same_seed_same_adapter(tmp_path):
-    a, b, c = (finetune(None, DATA, [], tmp_path/str(i), max_steps=3, seed=s) for i, s in enumerate((0, 0, 1)))
+def test_tokens_are_those_of_the_examples(tiny, tmp_path):
+    result = run(tiny, tmp_path, max_steps=5, batch_size=2) # one epoch
+    assert result.tokens == sum(len(ids) - 1 for ids, _ in ft.encode_examples(DATA, result.tok))
+
+def test_same_seed_same_adapter(tiny, tmp_path):
+    a, b, c = (finetune(tiny, DATA, [], tmp_path/str(i), max_steps=3, seed=s) for i, s in enumerate((0, 0, 1)))
     same = lambda x, y: all(torch.equal(p, q) for p, q in zip(lora_parameters(x.model), lora_parameters(y.model)))
     assert same(a, b) and not same(a, c) and a.valid_losses == []
 
-def test_non_finite_loss_stops_and_the_last_good_adapter_survives(tmp_path):
-    def poison(step, loss):
-        if step == 4: next(iter(lora_parameters(made[0]))).data.fill_(float("nan"))
-    import tiny_llm.finetune as ft
+def test_the_best_adapter_is_returned_and_on_disk(tiny, tmp_path, monkeypatch):
+    marks = iter([9.0, 5.0, 3.0, 4.0, 3.0])
+    kept = []
+    def loss(model, batches):
+        kept.append([p.detach().clone() for p in lora_parameters(model)])
+        return next(marks)
+    monkeypatch.setattr(ft, "example_loss", loss)
+    result = run(tiny, tmp_path)
+    assert result.valid_losses == [(0, 9.0), (2, 5.0), (4, 3.0), (6, 4.0), (8, 3.0)]
+    assert all(torch.equal(p, q) for p, q in zip(lora_parameters(result.model), kept[2])) # the first of equals
+    loaded = load_with_lora(tiny, tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(lora_parameters(loaded), kept[2]))
+
+# -- stopping ------------------------------------------------------------------------------------------
+
+def poisoned(monkeypatch, at):
+    "A callback that makes the model's first A NaN after step `at`."
     made, original = [], ft.add_lora_to_model
-    ft.add_lora_to_model = lambda m, *a: made.append(original(m, *a))
-    try:
-        with pytest.raises(FloatingPointError, match="step 5"): finetune(None, DATA, DATA[:2], tmp_path/"a", max_steps=9, eval_every=2, callback=poison)
-    finally: ft.add_lora_to_model = original
-    from tiny_llm.adapter import read_adapter
-    assert all(t.isfinite().all() for t in read_adapter(tmp_path/"a")[1].values())
+    monkeypatch.setattr(ft, "add_lora_to_model", lambda m, *a: made.append(original(m, *a)) or made[-1])
+    def callback(step, loss):
+        if step == at: lora_parameters(made[-1])[0].data.fill_(float("nan"))
+    return callback
+
+def test_non_finite_loss_names_step_and_batch_and_the_last_good_adapter_survives(tiny, tmp_path, monkeypatch):
+    with pytest.raises(FloatingPointError) as e: run(tiny, tmp_path, callback=poisoned(monkeypatch, 6), eval_every=3)
+    said = str(e.value)
+    assert "step 7, epoch 2, batch 2 of 5" in said and "loss nan" in said and len(said) < 500
+    assert said.count("[INST] Tell me about the") == 2 # both examples of the batch
+    assert all(t.isfinite().all() for t in read_adapter(tmp_path)[1].values())
+    assert lora_modules(load_adapter(load_base(tiny)[0], tmp_path))
+
+@pytest.mark.parametrize("valid", [DATA[:3], []])
+def test_a_broken_adapter_never_replaces_a_good_one(tiny, tmp_path, monkeypatch, valid):
+    original = ft.train_step
+    def step(model, opts, *args):
+        step.n += 1
+        loss = original(model, opts, *args)
+        if step.n == 4: lora_parameters(model)[0].data.fill_(float("inf")) # the very step before a validation
+        return loss
+    step.n = 0
+    monkeypatch.setattr(ft, "train_step", step)
+    with pytest.raises(FloatingPointError, match="step 4"): finetune(tiny, DATA, valid, tmp_path, max_steps=8, eval_every=2)
+    assert all(t.isfinite().all() for t in read_adapter(tmp_path)[1].values())
+
+def test_long_batches_are_named_shortly(tiny):
+    tok = load_base(tiny)[1]
+    said = ft.examples_of(torch.tensor([[tok.eot] + tok.encode("word " * 200)[:150]] * 8), tok)
+    assert len(said) < 300 and said.endswith("and 5 more")
+
+# -- going on ------------------------------------------------------------------------------------------
+
+def test_resume_after_sigkill_is_bit_identical(tiny, tmp_path):
+    whole, killed = tmp_path/"whole", tmp_path/"killed"
+    straight = run(tiny, whole, **SETTINGS)
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(tiny), str(killed)], stderr=subprocess.DEVNULL)
+    while not (killed/"state.pt").exists():
+        assert child.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    time.sleep(0.05)
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL, "the kill came too late"
+    assert 0 < len(torch.load(killed/"state.pt", weights_only=True)["result"]["losses"]) < SETTINGS["max_steps"]
+    torch.manual_seed(123) # whatever the process did before must not matter
+    result = run(tiny, killed, **SETTINGS)
+    assert adapter_bytes(killed) == adapter_bytes(whole)
+    assert result.losses == straight.losses and result.valid_losses == straight.valid_losses and result.tokens == straight.tokens
+    assert names(killed) == ADAPTER
+
+@pytest.mark.parametrize("stop", [1, 4, 5, 8])
+@pytest.mark.parametrize("valid", [DATA[:3], []])
+def test_resume_after_an_exception_is_bit_identical(tiny, tmp_path, stop, valid):
+    go = lambda out, **kw: finetune(tiny, DATA, valid, tmp_path/out, max_steps=8, eval_every=2, batch_size=3, **kw)
+    whole, seen = go("whole"), []
+    with pytest.raises(RuntimeError, match="by the test"): go("stopped", callback=stop_at(stop, RuntimeError))
+    result = go("stopped", callback=lambda step, loss: seen.append(step))
+    assert seen == list(range(stop // 2 * 2 + 1, 9))
+    assert adapter_bytes(tmp_path/"stopped") == adapter_bytes(tmp_path/"whole")
+    assert result.losses == whole.losses and result.valid_losses == whole.valid_losses and names(tmp_path/"stopped") == ADAPTER
+
+def test_a_kill_between_adapter_and_state_loses_nothing(tiny, tmp_path, monkeypatch):
+    run(tiny, tmp_path/"whole")
+    original = ft.save_finetune_state
+    def save(path, result, *rest):
+        if len(result.losses) == 6: raise KeyboardInterrupt # the adapter of step 6 is written, its state is not
+        original(path, result, *rest)
+    monkeypatch.setattr(ft, "save_finetune_state", save)
+    with pytest.raises(KeyboardInterrupt): run(tiny, tmp_path/"killed")
+    monkeypatch.setattr(ft, "save_finetune_state", original)
+    run(tiny, tmp_path/"killed")
+    assert adapter_bytes(tmp_path/"killed") == adapter_bytes(tmp_path/"whole")
+
+@pytest.mark.parametrize("change, said", [(dict(lr=1e-3), "lr 0.005, now 0.001"), (dict(r=4), "r 8, now 4"), (dict(alpha=8), "alpha 16.0, now 8.0"),
+    (dict(mask_prompt=False), "mask_prompt True, now False"), (dict(seq_len=200), "seq_len 256, now 200"), (dict(seed=1), "seed 0, now 1"),
+    (dict(max_steps=9), "max_steps 8, now 9"), (dict(targets="all-linear"), "layers "), (dict(eval_every=4), "eval_every 2, now 4")])
+def test_the_state_of_another_run_is_refused(tiny, tmp_path, change, said):
+    with pytest.raises(KeyboardInterrupt): run(tiny, tmp_path, callback=stop_at(3))
+    with pytest.raises(ValueError, match="another run") as e: run(tiny, tmp_path, **change)
+    assert said in str(e.value) and "another folder" in str(e.value) and "--fresh" in str(e.value)
+    assert "state.pt" in names(tmp_path) # it can still go on
+    assert run(tiny, tmp_path, resume=False, **change).losses and names(tmp_path) == ADAPTER
+
+def test_other_examples_and_another_base_are_other_runs(tiny, tmp_path):
+    with pytest.raises(KeyboardInterrupt): run(tiny, tmp_path/"a", callback=stop_at(3))
+    with pytest.raises(ValueError, match="another run.*examples"): finetune(tiny, DATA[:9], DATA[:3], tmp_path/"a", **{**SETTINGS, "max_steps": 8, "eval_every": 2})
+    torch.manual_seed(1)
+    save_checkpoint(GPT(GPTConfig(d_model=32, n_heads=2, n_layers=2, d_mlp=48, dropout=0.1)), tmp_path/"other.safetensors")
+    with pytest.raises(ValueError, match="another run.*base"): run(tmp_path/"other.safetensors", tmp_path/"a")
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "foreign", "unsafe"])
+def test_a_damaged_state_is_refused(tiny, tmp_path, damage):
+    with pytest.raises(KeyboardInterrupt): run(tiny, tmp_path, callback=stop_at(3))
+    state = tmp_path/"state.pt"
+    if damage == "cut": state.write_bytes(state.read_bytes()[:-500])
+    if damage == "empty": state.write_bytes(b"")
+    if damage == "text": state.write_text("not a state")
+    if damage == "foreign": torch.save({"run": {}}, state)
+    if damage == "unsafe": torch.save({"run": stop_at}, state) # would need code to be run
+    with pytest.raises(BadFileError, match="state.pt.*--fresh"): run(tiny, tmp_path)
+    assert run(tiny, tmp_path, resume=False).losses
+
+def test_leftovers_of_a_kill_while_writing_are_cleaned_up(tiny, tmp_path):
+    (tmp_path/".state.pt.99999.tmp").write_bytes(b"half a state")
+    run(tiny, tmp_path)
+    assert names(tmp_path) == ADAPTER
+
+def test_a_finished_run_can_be_repeated(tiny, tmp_path):
+    first = run(tiny, tmp_path).losses
+    assert run(tiny, tmp_path).losses == first
+
+# -- the module ----------------------------------------------------------------------------------------
+
+def test_names_of_the_data_chapter_are_here_too():
+    assert set(instruct.__all__) <= set(ft.__all__)
+    scope = {}
+    exec("from tiny_llm.finetune import *", scope)
+    assert scope["make_moral_dataset"] is instruct.make_moral_dataset
+
+def test_signature_and_options_agree():
+    p = inspect.signature(finetune).parameters
+    fixed = "base_ckpt train_examples valid_examples out_dir r alpha lr max_steps batch_size seq_len targets mask_prompt seed callback"
+    assert list(p)[:14] == fixed.split()
+    assert (p["r"].default, p["alpha"].default, p["batch_size"].default, p["seq_len"].default, p["seed"].default) == (8, 16, 8, 256, 0)
+    assert all(p[k].default == v for k, (v, _) in OPTIONS.items() if k != "seq_len") # the moral examples need more
+    assert ft.parser().parse_args([]).mask_prompt == p["mask_prompt"].default
+
+def test_endless_finds_its_place(tiny):
+    tok = load_base(tiny)[1]
+    make = lambda: ft.endless(ft.encode_examples(DATA, tok), 4, tok.pad, seed=3)
+    a, b = make(), make()
+    batches = [next(a) for _ in range(8)]
+    b.step = 5
+    assert all(torch.equal(x, y) for p, q in zip(batches[5:], b) for x, y in zip(p, q))
+    assert a.place() == "epoch 3, batch 2 of 3" and sum(len(x) for x, _ in batches[:3]) == len(DATA)
+    with pytest.raises(ValueError, match="no examples"): ft.endless([], 4, 0, 0)
+
+@pytest.mark.parametrize("bad", [dict(max_steps=0), dict(eval_every=0), dict(batch_size=0), dict(lr=-1.0), dict(r=0)])
+def test_bad_settings(tiny, tmp_path, bad):
+    with pytest.raises(ValueError): run(tiny, tmp_path, **bad)
+
+# -- the command ---------------------------------------------------------------------------------------
 
 def test_command_line(tmp_path, capsys):
     data = tmp_path/"mine.jsonl"
     data.write_text("\n".join('{"instruction": "Name animal %d.", "output": "A fox."}' % i for i in range(12)))
     main(["--data", str(data), "--out", str(tmp_path/"out"), "--max-steps", "2", "--targets", "all-linear", "--r", "2"])
     said = capsys.readouterr().out
-    assert "trained" in said and "fine-tuned:" in said and "load_with_lora" in said
-    assert (tmp_path/"out"/"instruct"/"adapter_model.safetensors").exists()
+    total = sum(p.numel() for p in load_base()[0].parameters())
+    loaded = load_with_lora(None, tmp_path/"out"/"instruct")
+    trained = sum(p.numel() for p in lora_parameters(loaded))
+    assert f"{total:,} of {total:,} parameters" in said and f"{trained:,} of {total + trained:,} are trainable" in said
+    assert "trained" in said and said.count("fine-tuned:") == 2 and "tokens/s" in said
+    exec(said[said.index("    from tiny_llm.adapter"):].replace("    ", ""), scope := {}) # how to load it
+    assert fingerprint(scope["model"]) == fingerprint(loaded)
+
+def test_few_examples_of_ones_own(tiny, tmp_path, capsys):
+    data = tmp_path/"mine.jsonl"
+    data.write_text('{"instruction": "Name an animal.", "output": "A fox."}')
+    main(["--data", str(data), "--base", str(tiny), "--out", str(tmp_path), "--max-steps", "1"])
+    said = capsys.readouterr().out
+    assert "no examples held out" in said and "== Name an animal." in said
+
+@pytest.mark.parametrize("args, said", [(["--data", "nowhere.jsonl"], "nowhere.jsonl"), (["--base", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["--targets", "attn.nope"], "attn.qkv"), (["--r", "0"], "rank"), (["--data", "bad.json"], "bad.json"), (["--max-steps", "0"], "max_steps"),
+    (["--base", "bad.json"], "bad.json"), (["--data", "."], "error: .")])
+def test_bad_input_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, args, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"bad.json").write_text("{]")
+    with pytest.raises(SystemExit) as e: main(["--max-steps", "1", *args])
+    err = capsys.readouterr().err
+    line = err.strip().splitlines()[-1]
+    assert e.value.code == 2 and said in line and line.startswith("python -m tiny_llm.finetune: error:") and "Traceback" not in err
+
+def test_another_run_on_the_command_line_needs_fresh(tiny, tmp_path, capsys):
+    data = tmp_path/"mine.jsonl"
+    data.write_text("\n".join('{"instruction": "Name animal %d.", "output": "A fox."}' % i for i in range(12)))
+    (tmp_path/"instruct").mkdir()
+    (tmp_path/"instruct"/"state.pt").write_bytes(b"")
+    args = ["--data", str(data), "--base", str(tiny), "--out", str(tmp_path), "--max-steps", "1"]
+    with pytest.raises(SystemExit): main(args)
+    assert "--fresh" in capsys.readouterr().err
+    main([*args, "--fresh"])
+    assert names(tmp_path/"instruct") == ADAPTER
+
+def test_ctrl_c_on_the_command_line(tiny, tmp_path, capsys, monkeypatch):
+    def stopped(*args, **kwargs): raise KeyboardInterrupt
+    monkeypatch.setattr(ft, "finetune", stopped)
+    with pytest.raises(SystemExit) as e: main(["--base", str(tiny), "--out", str(tmp_path)])
+    assert e.value.code == 130 and "same command goes on" in capsys.readouterr().err
 
 @pytest.mark.parametrize("args", [["--task", "poetry"], ["--r", "many"]])
 def test_bad_arguments(args):
-    with pytest.raises(SystemExit): main(args)
+    with pytest.raises(SystemExit) as e: main(args)
+    assert e.value.code == 2
 
-def test_zero_steps(tmp_path):
-    with pytest.raises(ValueError, match="max_steps"): finetune(None, DATA, [], tmp_path, max_steps=0)
+def test_help_says_something_about_every_option(capsys):
+    with pytest.raises(SystemExit) as e: main(["--help"])
+    said = capsys.readouterr().out
+    assert e.value.code == 0 and all(len(a.help.split()) > 1 and "--" + a.dest.replace("_", "-") in said for a in ft.parser()._actions)

@@ -1,5 +1,5 @@
 "Surgery on many models: what is wrapped, what is refused, and that nothing else changes."
-import copy, os, re
+import os, re
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
 from tiny_llm.gpt import GPT, GPTConfig, fingerprint
