@@ -1,10 +1,11 @@
 "The main job, small: learning, stopping, going on, and what it says to a user who errs."
-import inspect, os, signal, subprocess, sys, time
+import inspect, os, shutil, signal, subprocess, sys, time
 import pytest, torch
 import tiny_llm.finetune as ft
 from tiny_llm import instruct
 from tiny_llm.adapter import load_adapter, load_with_lora, read_adapter
-from tiny_llm.files import BadFileError
+from tiny_llm.data import ASSETS
+from tiny_llm.files import BadFileError, read_jsonl
 from tiny_llm.finetune import OPTIONS, finetune, main
 from tiny_llm.generate import load_base
 from tiny_llm.gpt import GPT, GPTConfig, fingerprint, save_checkpoint
@@ -282,3 +283,7 @@ def test_help_says_something_about_every_option(capsys):
     with pytest.raises(SystemExit) as e: main(["--help"])
     said = capsys.readouterr().out
     assert e.value.code == 0 and all(len(a.help.split()) > 1 and "--" + a.dest.replace("_", "-") in said for a in ft.parser()._actions)
+
+def test_a_complete_sweep_is_left_as_it_is(tmp_path):
+    shutil.copy(ASSETS/"lr_log.jsonl", log := tmp_path/"log.jsonl")
+    assert main(["--sweep", str(log)]) == read_jsonl(log) == read_jsonl(ASSETS/"lr_log.jsonl")
