@@ -1,5 +1,5 @@
 "Adapter files, loading and refusing, swapping, merging and un-merging."
-import copy, importlib.util, json, os, pickle, re
+import copy, json, os, pickle, re
 import pytest, torch, torch.nn as nn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -419,14 +419,17 @@ def test_shipped_adapters(name):
         with disable_lora(model): assert (model(IDS) - with_lora).abs().max() > 0.1
         assert_close(merge_lora(model)(IDS), with_lora, **TOLERANCE[torch.float32])
 
-@pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="peft is not installed")
 def test_peft_reads_it_and_we_read_pefts(tmp_path):
-    import peft
+    peft = pytest.importorskip("peft")
     model = trained(r=4, alpha=6); save_adapter(model, tmp_path/"ours")
-    theirs = peft.PeftModel.from_pretrained(small(), tmp_path/"ours").eval()
+    config = peft.LoraConfig.from_pretrained(tmp_path/"ours")
+    config.task_type = None # PEFT asks a causal model for the methods of transformers, which this GPT has not
+    theirs = peft.PeftModel(small(), config).eval()
+    loaded = peft.set_peft_model_state_dict(theirs, load_file(tmp_path/"ours"/WEIGHTS))
+    assert not loaded.unexpected_keys and not any("lora" in k for k in loaded.missing_keys)
     assert_close(logits(theirs), logits(model), **TOLERANCE[torch.float32])
     theirs.save_pretrained(tmp_path/"theirs")
-    assert torch.equal(logits(load_adapter(small(), tmp_path/"theirs")), logits(model))
+    assert_close(logits(load_adapter(small(), tmp_path/"theirs")), logits(model), **TOLERANCE[torch.float32])
 
 def test_adapter_tensors_are_plain():
     state = adapter_tensors(trained())

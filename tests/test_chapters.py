@@ -30,7 +30,7 @@ def imports_only(source):
 def test_parts_in_order(name):
     text = [s for _, s in cells(name, 'markdown')]
     assert re.match(r'# .+\n\n> .+', text[0]), 'a chapter begins with its title and its promise'
-    assert f'colab.research.google.com/github/tiny-llm-lora/tiny-llm-lora/blob/main/nbs/{name}.ipynb' in text[0]
+    assert f'colab.research.google.com/github/tiny-llm-lora/tiny-llm-lora/blob/main/nbs/{name}.ipynb' in text[1], 'nbdev drops it from the first cell'
     assert 'google.colab' in cells(name, 'code')[0][1], 'the first code cell installs the package on Colab'
     assert [h for h in text if h in HEADINGS] == HEADINGS
     assert any(t.startswith('| symbol | shape |') or '\n| symbol | shape |' in t for t in text), 'no shape legend'
