@@ -159,7 +159,7 @@ def bootstrap(
     means = marks.float()[rows[:, :, None], columns[:, None, :]].mean((1, 2))           # (draws, S, N) -> (draws,)
     return marks.float().mean().item(), *torch.quantile(means, torch.tensor([0.025, 0.975])).tolist()
 
-# %% ../nbs/further/05_moral.ipynb #dcb66275
+# %% ../nbs/further/05_moral.ipynb #c8c69221
 def main(
     argv: list=None, # command line; None: the real one
 ):
@@ -167,7 +167,7 @@ def main(
     p = argparse.ArgumentParser(prog="python -m tiny_llm.moral", description="Measure the moral task with several settings and seeds.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", type=Path, default=Path("moral_log.jsonl"), help="log to write or to go on with")
-    p.add_argument("--seeds", type=int, default=5, help="how many seeds")
+    p.add_argument("--seeds", type=int, default=4, help="how many seeds")
     p.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help="settings to measure")
     args = p.parse_args(argv)
     log_runs(args.out, [dict(name=name, seed=seed) for seed in range(args.seeds) for name in args.only], moral_run)
