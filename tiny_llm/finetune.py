@@ -6,9 +6,9 @@
 __all__ = ['LASTING', 'SWEEP', 'TASKS', 'OPTIONS', 'encoded_batches', 'example_loss', 'lr_scale', 'endless', 'FinetuneResult',
            'keep_best', 'examples_of', 'timed_step', 'describe_finetune', 'save_finetune_state', 'load_finetune_state',
            'train_adapter', 'progress', 'checkpoint_adapter', 'with_new_adapters', 'finetune', 'side_by_side',
-           'full_run', 'parser', 'examples_for', 'plan', 'report', 'main', 'INST', 'END_INST', 'INSTRUCTION_PROMPTS',
-           'LAYOUTS', 'IGNORE', 'format_prompt', 'format_example', 'make_instruction_dataset', 'make_moral_dataset',
-           'read_examples', 'encode_examples', 'collate', 'bucketed_batches']
+           'full_run', 'parser', 'examples_for', 'plan', 'report', 'main', 'INST', 'END_INST', 'QUESTION',
+           'INSTRUCTION_PROMPTS', 'LAYOUTS', 'IGNORE', 'format_prompt', 'format_example', 'make_instruction_dataset',
+           'make_moral_dataset', 'read_examples', 'encode_examples', 'collate', 'bucketed_batches']
 
 # %% ../nbs/04_train.ipynb #06e7979b
 import argparse, hashlib, json, math, pickle, tempfile, time
@@ -25,8 +25,8 @@ from .instruct import *
 from .lora import add_lora_to_model, lora_modules, lora_param_count, lora_parameters, lora_report
 from .train import total_nats, train_step
 
-# %% ../nbs/04_train.ipynb #b17aa07f
-_all_ = ["INST", "END_INST", "INSTRUCTION_PROMPTS", "LAYOUTS", "IGNORE", "format_prompt", "format_example", "make_instruction_dataset",
+# %% ../nbs/04_train.ipynb #64d25b98
+_all_ = ["INST", "END_INST", "QUESTION", "INSTRUCTION_PROMPTS", "LAYOUTS", "IGNORE", "format_prompt", "format_example", "make_instruction_dataset",
          "make_moral_dataset", "read_examples", "encode_examples", "collate", "bucketed_batches"]
 
 # %% ../nbs/04_train.ipynb #08eb38ab

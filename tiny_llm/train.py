@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from tqdm.auto import tqdm
-from .files import BadFileError, atomic_path
+from .files import BadFileError, atomic_path, read_jsonl
 from .tokenize import BPETokenizer
 from .gpt import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from .data import ASSETS, DATA_DIR, bundled_stories, load_ids, prepare, story_batches
@@ -279,7 +279,7 @@ def read_log(
     path: Path,  # a file of `write_log`
 ) -> tuple:      # (header: dict, log: list of dicts)
     "Read a log written by `write_log`."
-    header, *log = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    header, *log = read_jsonl(path)
     return header, log
 
 # %% ../nbs/base/04_pretrain.ipynb #f87117e0
