@@ -22,6 +22,8 @@ DATA = {DATA!r}
 finetune(sys.argv[1], DATA, DATA[:3], sys.argv[2], **{SETTINGS!r})
 """
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     "A small untrained base; with dropout, so that the random state matters."
@@ -29,13 +31,6 @@ def tiny(tmp_path_factory):
     path = tmp_path_factory.mktemp("base")/"tiny.safetensors"
     save_checkpoint(GPT(GPTConfig(d_model=32, n_heads=2, n_layers=2, d_mlp=48, dropout=0.1)), path)
     return path
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
 
 def run(tiny, out, **settings): return finetune(tiny, DATA, DATA[:3], out, **{**SETTINGS, "max_steps": 8, "eval_every": 2, **settings})
 def adapter_bytes(out): return {k: t.numpy().tobytes() for k, t in read_adapter(out)[1].items()} # the file's header has no fixed order

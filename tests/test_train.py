@@ -17,18 +17,13 @@ torch.set_num_threads(1)
 pretrain(sys.argv[1], PretrainConfig(optimizer=sys.argv[3], **{settings}), GPTConfig(**{tiny}), sys.argv[2], device="cpu", show=False)
 """.format(settings=SETTINGS, tiny=TINY)
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data")
     prepare("bundled", data_dir=path)
     return path
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
 
 def state(out): return torch.load(out / "state.pt", weights_only=True)
 

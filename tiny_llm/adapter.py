@@ -138,7 +138,7 @@ def _expected(layers, r):
 def _base_layers(model, adapter, path, base_print=None):
     "name -> linear layer of the base, for the layers of an adapter. Raises `BadFileError` unless it fits exactly."
     config, tensors, header = adapter
-    made_for, mine = header.get("base_fingerprint"), None
+    made_for = header.get("base_fingerprint")
     if made_for and made_for != (mine := base_print or fingerprint(model)):
         raise BadFileError(f"{path} was trained on another base: fingerprint {made_for[:12]}, this model {mine[:12]}")
     try:

@@ -23,7 +23,7 @@ from .generate import BASE, generate, load_base
 from .gpt import GPT, fingerprint, read_checkpoint
 from .instruct import *
 from .lora import add_lora_to_model, lora_modules, lora_param_count, lora_parameters, lora_report
-from .train import total_nats, train_step
+from .train import random_state, set_random_state, total_nats, train_step
 
 # %% ../nbs/04_train.ipynb #64d25b98
 _all_ = ["INST", "END_INST", "QUESTION", "INSTRUCTION_PROMPTS", "LAYOUTS", "IGNORE", "format_prompt", "format_example", "make_instruction_dataset",
@@ -164,10 +164,8 @@ def save_finetune_state(
     run: dict, # from `describe_finetune`
 ):
     "Write everything that a resumed run needs, whole or not at all."
-    rng = dict(cpu=torch.get_rng_state())
-    if torch.cuda.is_available(): rng["cuda"] = torch.cuda.get_rng_state()
     state = dict(run=run, params=[p.detach() for p in lora_parameters(result.model)], opt=opt.state_dict(),
-                 rng=rng, result={k: getattr(result, k) for k in LASTING})
+                 rng=random_state(), result={k: getattr(result, k) for k in LASTING})
     with atomic_path(path) as tmp: torch.save(state, tmp)
 
 # %% ../nbs/04_train.ipynb #23be08e0
@@ -194,8 +192,7 @@ def load_finetune_state(
                                "choose another folder, or start again with resume=False (--fresh)")
     with torch.no_grad(): [p.copy_(saved) for p, saved in zip(lora_parameters(result.model), state["params"])]
     opt.load_state_dict(state["opt"])
-    torch.set_rng_state(state["rng"]["cpu"])
-    if "cuda" in state["rng"] and torch.cuda.is_available(): torch.cuda.set_rng_state(state["rng"]["cuda"])
+    set_random_state(state["rng"])
     for k in LASTING: setattr(result, k, state["result"][k])
 
 # %% ../nbs/04_train.ipynb #93043ed1

@@ -107,9 +107,10 @@ def match_targets(
     "Names of the linear layers that `targets` mean. Raises `ValueError` where a target matches nothing."
     if isinstance(model, nn.Linear): raise ValueError("the model itself is an nn.Linear; nothing holds it. Use LoRALinear(model)")
     names = _linear_names(model)
-    heads = _heads(model, names)
     if isinstance(targets, re.Pattern): found = [n for n in names if targets.search(n)]
-    elif targets == "all-linear": found = [n for n in names if n not in heads]
+    elif targets == "all-linear":
+        heads = _heads(model, names)
+        found = [n for n in names if n not in heads]
     else: found = _by_suffix(model, names, targets)
     if not found: raise _no_match(model, repr(targets))
     return found

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'HELP', 'default_device', 'has_bf16', 'autocast', 'param_groups', 'orthogonalize', 'Muon',
            'PretrainConfig', 'lr_at', 'make_optimizers', 'train_step', 'total_nats', 'story_loss', 'batch_stream',
-           'Progress', 'describe_run', 'save_state', 'load_state', 'write_log', 'read_log', 'checkpoint',
-           'load_prepared', 'compiled', 'train_until', 'pretrain', 'score_windows', 'window_batches', 'perplexity',
-           'make_parser', 'main']
+           'Progress', 'describe_run', 'random_state', 'set_random_state', 'save_state', 'load_state', 'write_log',
+           'read_log', 'checkpoint', 'load_prepared', 'compiled', 'train_until', 'pretrain', 'score_windows',
+           'window_batches', 'perplexity', 'make_parser', 'main']
 
 # %% ../nbs/base/04_pretrain.ipynb #14cecb8e
-import argparse, contextlib, hashlib, json, math, pickle, time
+import argparse, contextlib, hashlib, math, pickle, time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from tqdm.auto import tqdm
-from .files import BadFileError, atomic_path, read_jsonl
+from .files import BadFileError, atomic_path, read_jsonl, write_jsonl
 from .tokenize import BPETokenizer
 from .gpt import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from .data import ASSETS, DATA_DIR, bundled_stories, load_ids, prepare, story_batches
@@ -232,6 +232,18 @@ def describe_run(
     for ids in stories: digest.update(np.asarray(ids, dtype=np.int64).tobytes())
     return dict(asdict(s), **asdict(config), data=digest.hexdigest()[:16])
 
+# %% ../nbs/base/04_pretrain.ipynb #55fbf31a
+def random_state() -> dict: # "cpu" and, where there is a GPU, "cuda": states as tensors
+    "The state of PyTorch's random numbers; dropout draws from it."
+    return dict(cpu=torch.get_rng_state(), **(dict(cuda=torch.cuda.get_rng_state()) if torch.cuda.is_available() else {}))
+
+def set_random_state(
+    state: dict, # from `random_state`
+):
+    "Go back to a state; that of a GPU is passed over where there is none."
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available(): torch.cuda.set_rng_state(state["cuda"])
+
 # %% ../nbs/base/04_pretrain.ipynb #e873a348
 def save_state(
     path: Path,          # where to write
@@ -241,9 +253,7 @@ def save_state(
     run: dict,           # from `describe_run`
 ):
     "Write everything that a resumed run needs, whole or not at all."
-    rng = dict(cpu=torch.get_rng_state())
-    if torch.cuda.is_available(): rng["cuda"] = torch.cuda.get_rng_state()
-    state = dict(run=run, model=model.state_dict(), opts=[o.state_dict() for o in opts], progress=asdict(progress), rng=rng)
+    state = dict(run=run, model=model.state_dict(), opts=[o.state_dict() for o in opts], progress=asdict(progress), rng=random_state())
     with atomic_path(path) as tmp: torch.save(state, tmp)
 
 # %% ../nbs/base/04_pretrain.ipynb #e9353761
@@ -261,8 +271,7 @@ def load_state(
     if other: raise ValueError(f"{path} belongs to another run (different {', '.join(other)}); choose another folder, or delete it")
     model.load_state_dict(state["model"])
     for o, saved in zip(opts, state["opts"]): o.load_state_dict(saved)
-    torch.set_rng_state(state["rng"]["cpu"])
-    if "cuda" in state["rng"] and torch.cuda.is_available(): torch.cuda.set_rng_state(state["rng"]["cuda"])
+    set_random_state(state["rng"])
     return Progress(**state["progress"])
 
 # %% ../nbs/base/04_pretrain.ipynb #fde67bf5
@@ -272,7 +281,7 @@ def write_log(
     log: list,   # one dict per validation
 ):
     "Write a log as JSON lines."
-    with atomic_path(path) as tmp: Path(tmp).write_text("".join(json.dumps(row) + "\n" for row in [run] + log), encoding="utf-8")
+    write_jsonl(path, [run] + log)
 
 # %% ../nbs/base/04_pretrain.ipynb #a3e0b553
 def read_log(
