@@ -13,7 +13,7 @@ from tiny_llm.lora import TOLERANCE, LoRALinear, add_lora_to_model, lora_modules
 SHAPE = dict(vocab_size=97, max_seq_len=64, d_model=32, n_heads=4, n_layers=2, d_mlp=48)
 IDS = torch.randint(0, 97, (2, 16), generator=torch.Generator().manual_seed(0))
 QKV = "base_model.model.blocks.0.attn.qkv.lora_A.weight"
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, NOTE = FILES = "adapter_config.json", "adapter_model.safetensors", "tiny_llm.json"
 
 def small(seed=0, **how):
     torch.manual_seed(seed)
@@ -53,52 +53,62 @@ def test_round_trip(tmp_path, targets, r, alpha):
     assert {n.rsplit(".", 1)[-1] for n, p in again.named_parameters() if p.requires_grad} == {"A", "B"}
 
 def test_targets_lead_back_to_the_wrapped_layers():
-    assert adapter_config(trained(targets="all-linear"))["target_modules"] == ["attn.W_o", "attn.qkv", "mlp.down", "mlp.gate", "mlp.up"]
+    assert adapter_config(trained(targets="all-linear"))["target_modules"] == ["W_o", "down", "gate", "qkv", "up"]
     names = adapter_config(trained(targets=re.compile(r"blocks\.1\.")))["target_modules"]
-    assert names == [f"blocks.1.{n}" for n in ("attn.qkv", "attn.W_o", "mlp.gate", "mlp.up", "mlp.down")]
+    assert names == [f"blocks.1.{n}" for n in ("attn.W_o", "attn.qkv", "mlp.down", "mlp.gate", "mlp.up")]
+
+def test_short_targets_never_lead_to_more_layers_than_were_wrapped():
+    class Twins(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.ModuleDict({"up": nn.Linear(8, 8)}), nn.ModuleDict({"up": nn.Linear(8, 8)})
+    assert adapter_config(add_lora_to_model(Twins(), r=2, targets="first.up"))["target_modules"] == ["first.up"]
+    assert adapter_config(add_lora_to_model(Twins(), r=2, targets="up"))["target_modules"] == ["up"]
 
 def test_files_have_pefts_names(tmp_path):
     model = trained(); save_adapter(model, tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
+    assert sorted(os.listdir(tmp_path)) == list(FILES)
     state = load_file(tmp_path/WEIGHTS)
     assert state[QKV].shape == (8, 32) and state[QKV.replace("_A", "_B")].shape == (96, 8) and len(state) == 8
-    with safe_open(tmp_path/WEIGHTS, "pt") as f: assert f.metadata()["base_fingerprint"] == fingerprint(small())
+    with safe_open(tmp_path/WEIGHTS, "pt") as f: assert f.metadata() == {"format": "pt"}
+    assert json.loads((tmp_path/NOTE).read_text())["base_fingerprint"] == fingerprint(small())
 
 def test_a_wrong_state_of_the_model_is_not_saved(tmp_path):
-    good = trained(); save_adapter(good, tmp_path); files = [(tmp_path/f).read_bytes() for f in (CONFIG, WEIGHTS)]
+    good = trained(); save_adapter(good, tmp_path); files = [(tmp_path/f).read_bytes() for f in FILES]
     mixed, broken = trained(), trained()
     remove = list(lora_modules(mixed)); layer = lora_modules(mixed)[remove[0]]
-    layer.alpha = 32
+    layer.use_rslora = True
     with torch.no_grad(): lora_modules(broken)[remove[-1]].B[0, 0] = float("nan")
-    for model, why in ((small(), "no LoRA"), (merge_lora(trained()), "merged"), (mixed, "differ"), (broken, "NaN")):
+    for model, why in ((small(), "no LoRA"), (merge_lora(trained()), "merged"), (mixed, "rsLoRA"), (broken, "NaN")):
         with pytest.raises(ValueError, match=why): save_adapter(model, tmp_path)
-    assert [(tmp_path/f).read_bytes() for f in (CONFIG, WEIGHTS)] == files and len(os.listdir(tmp_path)) == 2
+    assert [(tmp_path/f).read_bytes() for f in FILES] == files and sorted(os.listdir(tmp_path)) == list(FILES)
 
-@pytest.mark.parametrize("dies_at", [1, 2])
+@pytest.mark.parametrize("dies_at", [0, 1, 2, 3])
 @pytest.mark.parametrize("change", [dict(r=8, alpha=32), dict(r=4), dict(targets="mlp.up"), dict()])
 def test_killed_while_saving(tmp_path, monkeypatch, dies_at, change):
-    "Whatever lies there afterwards is the old adapter, the new one, or is refused; never a mixture."
+    "The rename of the folder is the moment of the save: before it the old adapter is there, after it the new one, never a mixture."
     old, new = trained(), trained(small(), **change)
     with torch.no_grad(): lora_modules(new).popitem()[1].B.add_(1)
     save_adapter(old, tmp_path)
-    calls, replace = [], os.replace
-    def dying(*args):
+    calls = []
+    def dying(how, *args):
         calls.append(1)
-        if len(calls) == dies_at: raise KeyboardInterrupt
-        replace(*args)
-    monkeypatch.setattr("os.replace", dying)
+        if len(calls) == dies_at + 1: raise KeyboardInterrupt
+        how(*args)
+    for name in ("rename", "replace"): monkeypatch.setattr(f"os.{name}", lambda *args, how=getattr(os, name): dying(how, *args))
     with pytest.raises(KeyboardInterrupt): save_adapter(new, tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
-    try: got = logits(load_adapter(small(), tmp_path))
-    except BadFileError as e: assert dies_at == 2 and change and "different saves" in str(e)
-    else: assert torch.equal(got, logits(old)) or torch.equal(got, logits(new))
+    assert sorted(os.listdir(tmp_path)) == ([".new"] if dies_at else []) + list(FILES)
+    monkeypatch.undo()
+    assert torch.equal(logits(load_adapter(small(), tmp_path)), logits(new if dies_at else old))
+    save_adapter(old, tmp_path) # finishes the moving first
+    assert torch.equal(logits(load_adapter(small(), tmp_path)), logits(old)) and sorted(os.listdir(tmp_path)) == list(FILES)
 
 def test_disk_full_keeps_the_old_adapter(tmp_path, monkeypatch):
     old = trained(); save_adapter(old, tmp_path)
     def full(*args, **kw): raise OSError("no space left on device")
-    monkeypatch.setattr("tiny_llm.adapter.save_file", full)
+    monkeypatch.setattr("tiny_llm.adapter.write_tensors", full)
     with pytest.raises(OSError, match="space"): save_adapter(trained(r=4), tmp_path)
-    assert torch.equal(logits(load_adapter(small(), tmp_path)), logits(old)) and sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
+    assert torch.equal(logits(load_adapter(small(), tmp_path)), logits(old)) and sorted(os.listdir(tmp_path)) == list(FILES)
 
 def test_saving_where_a_file_is(tmp_path):
     (tmp_path/"a").write_text("mine")
@@ -115,12 +125,20 @@ def text(s):
     def change(path): (path/CONFIG).write_text(s)
     return change
 
-def tensors_with(change, header=None):
+def tensors_with(change, note=False):
+    "Other tensors, and our note gone unless told: with it the checksum alone would say everything."
     def apply(path):
-        with safe_open(path/WEIGHTS, "pt") as f: kept = f.metadata()
-        state = load_file(path/WEIGHTS)
-        save_file(change(state), path/WEIGHTS, metadata={**kept, **(header or {})})
+        save_file(change(load_file(path/WEIGHTS)), path/WEIGHTS)
+        if not note: (path/NOTE).unlink()
     return apply
+
+def note_with(**fields):
+    def change(path): (path/NOTE).write_text(json.dumps({**json.loads((path/NOTE).read_text()), **fields}))
+    return change
+
+def note_text(s):
+    def change(path): (path/NOTE).write_text(s)
+    return change
 
 def bytes_of(change):
     def apply(path): (path/WEIGHTS).write_bytes(change((path/WEIGHTS).read_bytes()))
@@ -129,8 +147,8 @@ def bytes_of(change):
 def without(word): return tensors_with(lambda t: {k: v for k, v in t.items() if word not in k})
 
 def foreign_config(**fields):
-    "Another configuration in a folder that PEFT wrote, whose header has nothing to compare it with."
-    def apply(path): config_with(**fields)(path); save_file(load_file(path/WEIGHTS), path/WEIGHTS, metadata={"format": "pt"})
+    "Another configuration in a folder that PEFT wrote, where no note says what it should be."
+    def apply(path): config_with(**fields)(path); (path/NOTE).unlink()
     return apply
 
 DAMAGE = { # what happened: (how, part of the message)
@@ -148,25 +166,32 @@ DAMAGE = { # what happened: (how, part of the message)
     "NaN": (tensors_with(lambda t: {**t, QKV: t[QKV] * float("nan")}), "finite"),
     "infinity": (tensors_with(lambda t: {**t, QKV: t[QKV] / 0}), "finite"),
     "whole numbers": (tensors_with(lambda t: {**t, QKV: t[QKV].long()}), "floating"),
-    "other fingerprint": (tensors_with(lambda t: t, {"base_fingerprint": "0" * 64}), "another base"),
-    "header is no JSON": (tensors_with(lambda t: t, {"config": "{"}), "not a usable adapter"),
-    "header is a list": (tensors_with(lambda t: t, {"config": "[1]"}), "not a usable adapter"),
+    "one bit of a number": (bytes_of(lambda b: b[:-1] + bytes([b[-1] ^ 1])), "SHA-256"),
+    "other numbers": (tensors_with(lambda t: {**t, QKV: t[QKV] + 1}, note=True), "SHA-256"),
+    "other fingerprint": (note_with(base_fingerprint="0" * 64), "another base"), "other checksum": (note_with(weights_sha256="0" * 64), "SHA-256"),
+    "note is no JSON": (note_text("{"), "not a usable adapter"), "note is a list": (note_text("[1]"), "tiny_llm.json is damaged"),
+    "note lacks a field": (note_text('{"base_fingerprint": "0"}'), "tiny_llm.json is damaged"),
+    "note lacks a field of the configuration": (note_with(config={"r": 8}), "tiny_llm.json is damaged"),
+    "a key twice": (text('{"r": 8, "r": 4}'), "'r' stands twice"),
     "JSON is a list": (text("[]"), "list"), "JSON is a number": (text("3"), "int"), "JSON is null": (text("null"), "NoneType"),
-    "no JSON": (text("{"), "not a usable adapter"), "empty JSON": (text("{}"), "r=None"), "deep JSON": (text("[" * 100_000), "not a usable adapter"),
+    "no JSON": (text("{"), "not a usable adapter"), "empty JSON": (text("{}"), "target_modules=.None"), "deep JSON": (text("[" * 100_000), "not a usable adapter"),
     "JSON is not UTF-8": (lambda p: (p/CONFIG).write_bytes(b"\xff\xfe\x00"), "not a usable adapter"),
     "rank of another save": (config_with(r=4), "different saves.*'r'"),
     "alpha of another save": (config_with(lora_alpha=32), "different saves.*lora_alpha"),
     "targets of another save": (config_with(target_modules=["attn.qkv"]), "different saves.*target_modules"),
-    "rank is text": (foreign_config(r="8"), "r='8'"), "rank is a fraction": (foreign_config(r=8.5), "r=8.5"),
-    "rank 0": (foreign_config(r=0), "rank 0"), "rank 4": (foreign_config(r=4), "shape"), "rank too high": (foreign_config(r=10**12), "rank 10000"),
-    "alpha is text": (foreign_config(lora_alpha="x"), "lora_alpha"), "alpha is NaN": (foreign_config(lora_alpha=float("nan")), "finite"),
+    "rank is text": (foreign_config(r="8"), "r='8'"), "rank is a fraction": (foreign_config(r=8.5), "r='8.5'"),
+    "rank 0": (foreign_config(r=0), "rank 0"), "rank 4": (foreign_config(r=4), "shape"), "a rank of one layer": (foreign_config(rank_pattern={"qkv": 4}), "shape"), "rank too high": (foreign_config(r=10**12), "rank 10000"), "rank is true": (foreign_config(r=True), "r='True'"),
+    "alpha is text": (foreign_config(lora_alpha="x"), "lora_alpha"), "alpha is NaN": (foreign_config(lora_alpha=float("nan")), "lora_alpha"), "alpha 0": (foreign_config(lora_alpha=0), "lora_alpha"),
     "dropout 2": (foreign_config(lora_dropout=2), "lora_dropout"), "dropout is text": (foreign_config(lora_dropout="x"), "not a usable"),
     "no targets": (foreign_config(target_modules=None), "target_modules"), "targets are numbers": (foreign_config(target_modules=[1]), "target_modules"),
     "fewer targets": (foreign_config(target_modules=["attn.qkv"]), "unexpected tensors"), "more targets": (foreign_config(target_modules="all-linear"), "missing tensors"),
     "unknown targets": (foreign_config(target_modules=["q_proj"]), "attn.qkv"), "tied head": (foreign_config(target_modules=["lm_head"]), "shared"),
     "IA3": (foreign_config(peft_type="IA3"), "IA3"), "bias": (foreign_config(bias="all"), "bias"),
-    **{k: (foreign_config(**{k: v}), k) for k, v in dict(use_dora=True, use_rslora=True, alpha_pattern={"qkv": 4}, rank_pattern={"qkv": 4},
-                                                       modules_to_save=["norm_f"], fan_in_fan_out=True).items()},
+    **{k: (foreign_config(**{k: v}), k) for k, v in dict(use_dora=True, use_bdlora=True, rank_pattern={"qkv": 4.5}, alpha_pattern={"qkv": -4},
+                                                       modules_to_save=["norm_f"], lora_bias=True, init_lora_weights="pissa").items()},
+    "a rank pattern that is no object": (foreign_config(rank_pattern=[1]), "rank_pattern"), "an endless pattern": (foreign_config(target_modules=r"(.|[a-z.0-9]|\w|\S|\D|b|l)+\d"), "cannot be used"),
+    "a pattern that is none": (foreign_config(rank_pattern={"(": 4}), "cannot be used"), "an unknown switch": (foreign_config(use_magic=True), "use_magic"),
+    "rsLoRA of another save": (config_with(use_rslora=True), "different saves.*use_rslora"), "all blocks left out": (foreign_config(layers_to_transform=[7]), "no linear layer"),
 }
 
 @pytest.mark.parametrize("what", DAMAGE)
@@ -202,13 +227,15 @@ def test_one_bit_of_the_base_is_noticed(tmp_path):
 def test_things_that_are_not_there_or_not_a_folder(tmp_path):
     model = trained(); save_adapter(model, tmp_path/"a"); (tmp_path/"file").write_text("x")
     before = picture(model)
-    with pytest.raises(FileNotFoundError, match=CONFIG): load_adapter(model, tmp_path/"none")
+    with pytest.raises(FileNotFoundError, match="none"): load_adapter(model, tmp_path/"none")
     with pytest.raises(BadFileError, match="is a file"): load_adapter(model, tmp_path/"file")
     with pytest.raises(BadFileError, match="is a file"): load_adapter(model, tmp_path/"a"/WEIGHTS)
     (tmp_path/"a"/WEIGHTS).unlink()
-    with pytest.raises(FileNotFoundError, match=WEIGHTS): load_adapter(model, str(tmp_path/"a"))
+    with pytest.raises(BadFileError, match=WEIGHTS): load_adapter(model, str(tmp_path/"a"))
     (tmp_path/"a"/WEIGHTS).mkdir()
-    with pytest.raises(FileNotFoundError, match=WEIGHTS): load_adapter(model, tmp_path/"a")
+    with pytest.raises(BadFileError, match=WEIGHTS): load_adapter(model, tmp_path/"a")
+    (tmp_path/"a"/"adapter_model.bin").write_bytes(b"x")
+    with pytest.raises(BadFileError, match="pickle"): load_adapter(model, tmp_path/"a")
     assert same(picture(model), before)
 
 @pytest.mark.parametrize("how", [dict(r=4), dict(alpha=8), dict(targets="attn.qkv"), dict(targets="all-linear")])
@@ -412,7 +439,7 @@ def test_a_merged_checkpoint_is_a_plain_one(tmp_path):
 def test_shipped_adapters(name):
     from tiny_llm.data import ASSETS
     model = load_with_lora(None, ASSETS/"adapters"/name, device="cpu"); config = adapter_config(model)
-    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (8, 16, ["attn.W_o", "attn.qkv"])
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (8, 16, ["W_o", "qkv"])
     assert sum(p.stat().st_size for p in (ASSETS/"adapters"/name).iterdir()) < 320_000
     with torch.no_grad():
         with_lora = model(IDS)
@@ -423,7 +450,6 @@ def test_peft_reads_it_and_we_read_pefts(tmp_path):
     peft = pytest.importorskip("peft")
     model = trained(r=4, alpha=6); save_adapter(model, tmp_path/"ours")
     config = peft.LoraConfig.from_pretrained(tmp_path/"ours")
-    config.task_type = None # PEFT asks a causal model for the methods of transformers, which this GPT has not
     theirs = peft.PeftModel(small(), config).eval()
     loaded = peft.set_peft_model_state_dict(theirs, load_file(tmp_path/"ours"/WEIGHTS))
     assert not loaded.unexpected_keys and not any("lora" in k for k in loaded.missing_keys)
@@ -437,6 +463,6 @@ def test_adapter_tensors_are_plain():
 
 def test_read_adapter(tmp_path):
     model = trained(); save_adapter(model, tmp_path)
-    config, tensors, header = read_adapter(tmp_path)
-    assert config == adapter_config(model) and header["base_fingerprint"] == fingerprint(model)
+    config, tensors, note = read_adapter(tmp_path)
+    assert config == adapter_config(model) and note["base_fingerprint"] == fingerprint(model)
     assert all(torch.equal(tensors[f"{n}.{ab}"], getattr(m, ab)) for n, m in lora_modules(model).items() for ab in "AB")

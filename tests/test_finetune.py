@@ -35,7 +35,7 @@ def tiny(tmp_path_factory):
 def run(tiny, out, **settings): return finetune(tiny, DATA, DATA[:3], out, **{**SETTINGS, "max_steps": 8, "eval_every": 2, **settings})
 def adapter_bytes(out): return {k: t.numpy().tobytes() for k, t in read_adapter(out)[1].items()} # the file's header has no fixed order
 def names(out): return sorted(p.name for p in out.iterdir())
-ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
+ADAPTER = ["adapter_config.json", "adapter_model.safetensors", "tiny_llm.json"]
 
 def stop_at(n, error=KeyboardInterrupt):
     def callback(step, loss):

@@ -11,7 +11,7 @@ __all__ = ['LASTING', 'SWEEP', 'TASKS', 'OPTIONS', 'encoded_batches', 'example_l
            'make_moral_dataset', 'read_examples', 'encode_examples', 'collate', 'bucketed_batches']
 
 # %% ../nbs/04_train.ipynb #06e7979b
-import argparse, hashlib, json, math, pickle, tempfile, time
+import argparse, hashlib, json, math, pickle, shutil, tempfile, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
@@ -218,7 +218,8 @@ def train_adapter(
         bar.set_postfix(progress(result), refresh=False)
         if callback: callback(step, result.losses[-1])
     load_adapter(result.model, result.out_dir).eval()
-    for left in (state, *state.parent.glob(".*.tmp")): left.unlink(missing_ok=True) # a kill while writing leaves a .tmp
+    state.unlink(missing_ok=True)
+    for left in state.parent.glob(".*.tmp"): shutil.rmtree(left) if left.is_dir() else left.unlink() # of a kill while writing
     return result
 
 # %% ../nbs/04_train.ipynb #633ef6bd

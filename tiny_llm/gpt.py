@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GPTConfig', 'rope_tables', 'apply_rope', 'KVCache', 'new_cache', 'Attention', 'MLP', 'Block', 'positions_and_mask',
-           'GPT', 'checkpoint_tensors', 'save_checkpoint', 'read_checkpoint', 'check_tensors', 'load_checkpoint',
-           'fingerprint']
+           'GPT', 'checkpoint_tensors', 'write_tensors', 'save_checkpoint', 'read_checkpoint', 'check_tensors',
+           'load_checkpoint', 'digest', 'fingerprint']
 
 # %% ../nbs/base/01_gpt.ipynb #382a9d3a
 import hashlib, json, pickle
@@ -184,6 +184,15 @@ def checkpoint_tensors(
     return state
 
 # %% ../nbs/base/01_gpt.ipynb #330583c1
+def write_tensors(
+    path, # the file; `atomic_path` and `atomic_folder` make it appear whole or not at all
+    tensors: dict, # name -> tensor
+    **header: str, # text for the header
+):
+    "Write a `.safetensors` file. Raises `OSError` where the disk is full or the file cannot be written."
+    try: save_file(tensors, path, metadata=header)
+    except SafetensorError as e: raise OSError(f"{path} could not be written: {e}") from e
+
 def save_checkpoint(
     model: GPT, # the model to store
     path, # the `.safetensors` file, replaced atomically
@@ -192,7 +201,7 @@ def save_checkpoint(
 ):
     "Write `model` and its configuration to one `.safetensors` file."
     header = {"format": "pt", "gpt_config": json.dumps(asdict(model.config)), **info}
-    with atomic_path(path) as tmp: save_file(checkpoint_tensors(model, dtype), tmp, metadata=header)
+    with atomic_path(path) as tmp: write_tensors(tmp, checkpoint_tensors(model, dtype), **header)
 
 # %% ../nbs/base/01_gpt.ipynb #c6aa743b
 def _read_safetensors(path):
@@ -250,13 +259,21 @@ def load_checkpoint(
     return model.eval()
 
 # %% ../nbs/base/01_gpt.ipynb #28f77da5
-def fingerprint(
-    model: GPT, # with or without LoRA adapters
+def digest(
+    state: dict, # name -> tensor
+    about: str="", # text that counts too
 ) -> str: # 64 hexadecimal digits
-    "SHA-256 over the configuration and the base weights; the same with and without adapters."
-    h = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
-    state = {k.replace(".base.", "."): v for k, v in model.state_dict().items() if k.rsplit(".", 1)[-1] not in ("A", "B")}
+    "SHA-256 over the names and the bits of tensors, whatever their order."
+    h = hashlib.sha256(about.encode())
     for k in sorted(state):
         h.update(k.encode())
-        h.update(state[k].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        h.update(state[k].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
+
+def fingerprint(
+    model: nn.Module, # with or without LoRA adapters; a `GPT` with its configuration, another model by its weights
+) -> str: # 64 hexadecimal digits
+    "SHA-256 over the configuration and the base weights; the same with and without adapters."
+    about = json.dumps(asdict(model.config), sort_keys=True) if isinstance(model, GPT) else ""
+    state = {k.replace(".base.", "."): v for k, v in model.state_dict().items() if k.rsplit(".", 1)[-1] not in ("A", "B")}
+    return digest(state, about)

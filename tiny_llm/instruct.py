@@ -12,7 +12,7 @@ import json, random, warnings
 from itertools import cycle
 from pathlib import Path
 import torch
-from .files import BadFileError
+from .files import BadFileError, read_json
 
 # %% ../nbs/03_data.ipynb #aec1abe9
 INST, END_INST = "[INST]", "[/INST]"
@@ -180,17 +180,22 @@ def _examples(r, prompt):
 def _lines(text):
     "(place, record) for each line of a JSONL text."
     for n, line in enumerate(text.split("\n"), 1):  # not splitlines: a JSON string may hold U+2028
-        try: r = json.loads(line) if line.strip() else None
+        try: r = read_json(line) if line.strip() else None
         except json.JSONDecodeError as e: raise ValueError(f"line {n}: not valid JSON ({e.msg})") from None
+        except ValueError as e: raise ValueError(f"line {n}: {e}") from None
         if line.strip(): yield f"line {n}: ", r
 
 # %% ../nbs/03_data.ipynb #ec12fc76
 def _records(text):
     "[(place, record), ...] of a JSON or JSONL text."
-    try: whole = json.loads(text)
+    listed = text.lstrip().startswith("[")
+    try: whole = read_json(text)
     except json.JSONDecodeError as e:
-        if text.lstrip().startswith("["): raise ValueError(f"line {e.lineno}: not valid JSON ({e.msg})") from None
+        if listed: raise ValueError(f"line {e.lineno}: not valid JSON ({e.msg})") from None
         return list(_lines(text))
+    except ValueError:
+        if listed: raise
+        return list(_lines(text)) # which names the line
     return [(f"record {i}: ", r) for i, r in enumerate(whole)] if isinstance(whole, list) else [("line 1: ", whole)]
 
 # %% ../nbs/03_data.ipynb #b4afa0fb
