@@ -3,7 +3,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: finetune test book docs export
+.PHONY: finetune test book docs export record
 .DEFAULT_GOAL := finetune
 
 finetune: $(READY)  ## fine-tune the bundled base on the bundled stories
@@ -17,6 +17,9 @@ book: $(READY)  ## open the book at chapter 1
 
 docs: $(READY)  ## build the site: Quarto where it is installed, the stand-in elsewhere
 	$(BIN)/python .ci/site.py
+
+record: $(READY)  ## conformance, faults and fuzz: write what the tests measure to the record that the book prints
+	$(BIN)/python -m pytest tests/conformance tests/test_faults.py tests/test_fuzz.py --record
 
 export: $(READY)  ## notebooks -> package, README and tidy notebooks
 	$(BIN)/nbdev_export

@@ -189,7 +189,7 @@ DAMAGE = { # what happened: (how, part of the message)
     "IA3": (foreign_config(peft_type="IA3"), "IA3"), "bias": (foreign_config(bias="all"), "bias"),
     **{k: (foreign_config(**{k: v}), k) for k, v in dict(use_dora=True, use_bdlora=True, rank_pattern={"qkv": 4.5}, alpha_pattern={"qkv": -4},
                                                        modules_to_save=["norm_f"], lora_bias=True, init_lora_weights="pissa").items()},
-    "a rank pattern that is no object": (foreign_config(rank_pattern=[1]), "rank_pattern"), "an endless pattern": (foreign_config(target_modules=r"(.|[a-z.0-9]|\w|\S|\D|b|l)+\d"), "cannot be used"),
+    "a rank pattern that is no object": (foreign_config(rank_pattern=[1]), "rank_pattern"), "an endless pattern": (foreign_config(target_modules=r"(a|aa|b|l|o|c|k|s|\.|0|t|n|q|v|.|\w|\S)+\d"), "cannot be used"),
     "a pattern that is none": (foreign_config(rank_pattern={"(": 4}), "cannot be used"), "an unknown switch": (foreign_config(use_magic=True), "use_magic"),
     "rsLoRA of another save": (config_with(use_rslora=True), "different saves.*use_rslora"), "all blocks left out": (foreign_config(layers_to_transform=[7]), "no linear layer"),
 }
