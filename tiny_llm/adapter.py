@@ -185,12 +185,12 @@ def _read_tensors(weights, note):
 
 # %% ../nbs/05_load_merge.ipynb #a5b4de5c
 @contextmanager
-def _one_error(path):
+def _one_error(path, what="adapter"):
     "Turn whatever is wrong with the files in a folder into one `BadFileError` that names it."
     try: yield
     except BadFileError: raise
-    except (SafetensorError, ValueError, TypeError, OSError, RecursionError, OverflowError, RuntimeError) as e:
-        raise BadFileError(f"{path} is not a usable adapter: {(str(e) or type(e).__name__).splitlines()[0]}") from e
+    except (SafetensorError, ValueError, TypeError, KeyError, OSError, RecursionError, OverflowError, RuntimeError) as e:
+        raise BadFileError(f"{path} is not a usable {what}: {(str(e) or type(e).__name__).splitlines()[0]}") from e
 
 def _read_object(path):
     if (size := path.stat().st_size) > 10_000_000: raise ValueError(f"{path.name} has {size:,} bytes, too many for a configuration")
