@@ -364,12 +364,35 @@ def test_a_subclass_that_only_has_another_name():
     assert torch.equal(answer(add_lora_to_model(model, r=2, targets="0"), X), before)
     assert type(remove_lora(model)[0]) is Renamed
 
-@pytest.mark.parametrize("targets", ["c_attn", ("c_attn", "c_proj"), "all-linear"])
-def test_gpt2_says_that_conv1d_is_not_supported(targets):
+@pytest.mark.parametrize("targets, n", [("c_attn", 1), (("c_attn", "c_proj"), 3), ("all-linear", 4)])
+def test_gpt2_with_its_transposed_layers(targets, n):
     T = pytest.importorskip("transformers")
-    model = T.GPT2LMHeadModel(T.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=48, n_positions=32, bos_token_id=0, eos_token_id=0))
-    message = refused(model, targets=targets, r=2)
-    assert "there are: ['lm_head']" in message and "not supported yet: Conv1D (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj)" in message
+    model = T.GPT2LMHeadModel(T.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=48, n_positions=32, bos_token_id=0, eos_token_id=0)).eval()
+    ids = torch.arange(20)[None]
+    with torch.no_grad(): before = model(ids).logits
+    add_lora_to_model(model, r=2, targets=targets)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, before) and len(lora_modules(model)) == n
+        for m in lora_modules(model).values(): m.B.normal_()
+        assert (model(ids).logits - before).abs().max() > 0.01
+        assert torch.equal(remove_lora(model)(ids).logits, before)
+
+def test_convolutions_are_named_as_not_supported():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 8))
+    assert "not supported: Conv2d (0)" in refused(model, targets="q_proj", r=2)
+
+@pytest.mark.parametrize("how, why", [(dict(exclude="nothing"), "nothing"), (dict(targets="all-linear", exclude="all-linear"), "without 'all-linear'"),
+    (dict(rank_pattern={"nothing": 4}), "rank_pattern.*nothing"), (dict(alpha_pattern={"(": 4}), "cannot be used"), (dict(rank_pattern={"attn.qkv": 999}), "999"),
+    (dict(alpha_pattern={"attn.qkv": -1}), "alpha=-1")])
+def test_exclude_and_patterns_that_do_not_fit(how, why):
+    refused(make(gpt)[0], match=why, **how)
+
+def test_exclude_and_patterns():
+    model = add_lora_to_model(make(gpt)[0], r=2, alpha=4, targets="all-linear", exclude=("mlp.up", "W_o"), use_rslora=True,
+                              rank_pattern={"blocks.0.attn.qkv": 3, "qkv": 4}, alpha_pattern={r"blocks\.1\..*": 9})
+    got = {n: (m.r, round(m.scaling * m.r ** 0.5, 6)) for n, m in lora_modules(model).items()}
+    assert got["blocks.0.attn.qkv"] == (3, 4) and got["blocks.1.attn.qkv"] == (4, 9) and got["blocks.0.mlp.gate"] == (2, 4)
+    assert not any(n.endswith(("up", "W_o")) for n in got)
 
 # --- counts ---
 

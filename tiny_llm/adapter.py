@@ -169,7 +169,8 @@ def _checked_shapes(weights):
     "name in the model + `.A` or `.B` -> tensor without numbers. Raises `ValueError`."
     with safe_open(weights, "pt") as f: parts = {k: f.get_slice(k) for k in f.keys()}
     foreign = [k for k in parts if not NAME.fullmatch(k)]
-    if foreign: raise ValueError(f"unexpected tensors {foreign[:5]}; only LoRA's A and B of linear layers are read here")
+    hint = "; PEFT leaves copies of the base out with save_embedding_layers=False" if any(".base_layer." in k for k in foreign) else ""
+    if foreign: raise ValueError(f"unexpected tensors {foreign[:5]}; only LoRA's A and B of linear layers are read here{hint}")
     bad = [k for k, v in parts.items() if v.get_dtype() not in ("F64", "F32", "F16", "BF16")]
     if bad: raise ValueError(f"not floating-point numbers: {bad[:5]}")
     return {NAME.sub(r"\1.\2", k): torch.empty(v.get_shape(), device="meta") for k, v in parts.items()}

@@ -108,7 +108,7 @@ def _gpt_config(c):
                      tie_weights=c.get("tie_word_embeddings", False), norm_eps=c.get("rms_norm_eps", 1e-6),
                      rope_theta=rope.get("rope_theta", c.get("rope_theta", 10000.0)))
 
-# %% ../nbs/further/06_real_models.ipynb #66358ed2
+# %% ../nbs/further/06_real_models.ipynb #4855fea4
 def _weight_files(folder):
     "The safetensors files of a model. Raises `ValueError` if there are none, or one is elsewhere."
     index = committed(folder, "model.safetensors.index.json")
@@ -118,22 +118,22 @@ def _weight_files(folder):
     if lacks: raise ValueError(f"{lacks[0]} is missing; only safetensors are read, no pickles (.bin)")
     return [committed(folder, n) for n in names]
 
-def _read_weights(files, config):
-    "All tensors of the files, after their names and shapes were found to be right. Raises `BadFileError`."
-    shapes, homes = {}, {}
+def _read_weights(folder, config):
+    "All tensors of a model, after their names and shapes were found to be right. Raises `BadFileError`, `ValueError`."
+    files, shapes, homes = _weight_files(folder), {}, {}
     for path in files:
         with safe_open(path, "pt") as f:
             for k in f.keys(): # old files of Llama hold a table that is computed
                 if not k.endswith("rotary_emb.inv_freq"): homes[k], shapes[k] = path, torch.empty(f.get_slice(k).get_shape(), device="meta")
     if config.tie_weights: shapes["lm_head.weight"] = shapes.get("model.embed_tokens.weight", torch.empty(0))
-    from_llama(shapes, config, files[0].parent.name)
+    from_llama(shapes, config, str(folder))
     state = {}
     for path in files:
         with safe_open(path, "pt") as f: state.update({k: f.get_tensor(k) for k, home in homes.items() if home == path})
     if config.tie_weights: state["lm_head.weight"] = state["model.embed_tokens.weight"]
     return from_llama(state, config)
 
-# %% ../nbs/further/06_real_models.ipynb #930cdd5b
+# %% ../nbs/further/06_real_models.ipynb #418623b8
 def import_base(
     folder, # a Hugging Face folder with a Llama in safetensors
     dtype: torch.dtype=torch.float32, # type of the loaded weights
@@ -143,7 +143,7 @@ def import_base(
     if not committed(folder, "config.json").is_file(): raise FileNotFoundError(f"no model at {folder}: config.json is missing")
     with _one_error(folder, "Llama checkpoint"):
         config = _gpt_config(_read_object(committed(folder, "config.json")))
-        state = _read_weights(_weight_files(folder), config)
+        state = _read_weights(folder, config)
     model = GPT(config).to(dtype)
     model.load_state_dict(state)
     try: tok = BPETokenizer.load(committed(folder, "tokenizer.json"))
