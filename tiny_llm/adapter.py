@@ -231,11 +231,12 @@ def _fits(rule, name):
 
 def _in_blocks(name, config):
     "Is the layer in one of the blocks in `layers_to_transform`? Only for layers that are named by a suffix."
-    wanted, patterns = config["layers_to_transform"], config["layers_pattern"] or [r"[^.]*"]
+    wanted, patterns = config["layers_to_transform"], config["layers_pattern"] or []
     if wanted in (None, []) or isinstance(config["target_modules"], str) or name in config["target_modules"]: return True
     wanted, patterns = ([v] if isinstance(v, (int, str)) else v for v in (wanted, patterns))
-    start = r".*?\." if not config["layers_pattern"] else r"(.*?\.)?"
-    return any(_matches(rf"{start}{p}\.{i}\..*", name) for p in patterns for i in wanted)
+    rules = [rf"(?:.*?\.)?{p}" for p in patterns] or [r".*?\.[^.]*"]
+    found = next(filter(None, (_matches(rf"{rule}\.(?P<block>\d+)\..*", name) for rule in rules)), None)
+    return found is not None and int(found["block"]) in wanted # the first number in the name
 
 def _selected(model, config):
     "Names of the layers that a configuration means. Raises `ValueError` where it means none."

@@ -182,8 +182,9 @@ def _wrap(model, how):
 
 # %% ../nbs/02_surgery.ipynb #3ce670f8
 def _matches(pattern, name, seconds=0.1):
-    "Whether a regular expression fits the whole name. Raises `ValueError` for a bad one, or one that takes too long."
-    try: return len(pattern) <= 1000 and regex.fullmatch(pattern, name, timeout=seconds) is not None
+    "The match of a regular expression with the whole name, or None. Raises `ValueError` for a bad one, or one that takes too long."
+    if len(pattern) > 10_000: raise ValueError(f"a pattern of {len(pattern):,} characters is too long")
+    try: return regex.fullmatch(pattern, name, timeout=seconds)
     except (regex.error, TimeoutError, OverflowError, RecursionError) as e:
         raise ValueError(f"the pattern {pattern[:60]!r} cannot be used: {e or type(e).__name__}") from None
 
