@@ -10,6 +10,7 @@ from tiny_llm.finetune import OPTIONS, finetune, main
 from tiny_llm.generate import load_base
 from tiny_llm.gpt import GPT, GPTConfig, fingerprint, save_checkpoint
 from tiny_llm.lora import lora_modules, lora_parameters
+from tiny_llm.train import read_state
 
 ANIMALS = ("fox", "bear", "cat", "dog", "hen", "cow", "pig", "bee", "owl", "ant")
 DATA = [f"[INST] Tell me about the {a}.[/INST] The {a} was happy." for a in ANIMALS]
@@ -121,7 +122,7 @@ def test_resume_after_sigkill_is_bit_identical(tiny, tmp_path):
     time.sleep(0.05)
     os.kill(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL, "the kill came too late"
-    assert 0 < len(torch.load(killed/"state.pt", weights_only=True)["result"]["losses"]) < SETTINGS["max_steps"]
+    assert 0 < len(read_state(killed/"state.pt")["result"]["losses"]) < SETTINGS["max_steps"]
     torch.manual_seed(123) # whatever the process did before must not matter
     result = run(tiny, killed, **SETTINGS)
     assert adapter_bytes(killed) == adapter_bytes(whole)

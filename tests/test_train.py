@@ -4,7 +4,7 @@ import pytest, torch
 from tiny_llm.data import prepare
 from tiny_llm.files import BadFileError
 from tiny_llm.gpt import GPT, GPTConfig, load_checkpoint
-from tiny_llm.train import (OPTIMIZERS, PretrainConfig, load_state, make_optimizers, param_groups, perplexity, pretrain,
+from tiny_llm.train import (OPTIMIZERS, PretrainConfig, load_state, make_optimizers, param_groups, perplexity, pretrain, read_state,
                             score_windows, train_step)
 
 TINY = dict(d_model=16, n_heads=2, n_layers=1, d_mlp=32, dropout=0.1)
@@ -25,7 +25,7 @@ def data(tmp_path_factory):
     prepare("bundled", data_dir=path)
     return path
 
-def state(out): return torch.load(out / "state.pt", weights_only=True)
+def state(out): return read_state(out / "state.pt")
 
 def run(out, data, optimizer): pretrain(out, PretrainConfig(optimizer=optimizer, **SETTINGS), GPTConfig(**TINY), data, device="cpu", show=False)
 

@@ -8,7 +8,7 @@ __all__ = ['PREFIX', 'CONFIG', 'WEIGHTS', 'FIELDS', 'NOTE', 'AGREE', 'UNSUPPORTE
            'swap_adapter', 'merged_linear', 'merge_lora', 'unmerge_lora', 'merged_state_dict']
 
 # %% ../nbs/05_load_merge.ipynb #9fbe2546
-import copy, hashlib, json, math, re, warnings
+import copy, hashlib, json, re, time, warnings
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -180,7 +180,7 @@ def _read_tensors(weights, note):
     if "weights_sha256" in note and _sha256(weights) != note["weights_sha256"]:
         raise ValueError(f"{WEIGHTS} is not what was saved: its SHA-256 differs from the one in {NOTE}")
     with safe_open(weights, "pt") as f: tensors = {NAME.sub(r"\1.\2", k): f.get_tensor(k) for k in f.keys()}
-    bad = [k for k, v in tensors.items() if not v.isfinite().all()]
+    bad = [k for k, v in tensors.items() if not v.float().isfinite().all()]
     if bad: raise ValueError(f"not finite numbers: {bad[:5]}")
     return tensors
 
@@ -234,7 +234,7 @@ def _in_blocks(name, config):
     wanted, patterns = config["layers_to_transform"], config["layers_pattern"] or []
     if wanted in (None, []) or isinstance(config["target_modules"], str) or name in config["target_modules"]: return True
     wanted, patterns = ([v] if isinstance(v, (int, str)) else v for v in (wanted, patterns))
-    rules = [rf"(?:.*?\.)?{p}" for p in patterns] or [r".*?\.[^.]*"]
+    rules = [rf"(?:^|.*?\.){p}" for p in patterns] or [r".*?\.[^.]*"]
     found = next(filter(None, (_matches(rf"{rule}\.(?P<block>\d+)\..*", name) for rule in rules)), None)
     return found is not None and int(found["block"]) in wanted # the first number in the name
 
@@ -260,7 +260,8 @@ def _expected(layers, how):
 
 def _settings_of(names, config):
     "name -> arguments of `LoRALinear`."
-    return {n: (_setting(n, config["rank_pattern"], config["r"]), _setting(n, config["alpha_pattern"], config["lora_alpha"]),
+    until = time.monotonic() + 2 # seconds; honest patterns take milliseconds
+    return {n: (_setting(n, config["rank_pattern"], config["r"], until), _setting(n, config["alpha_pattern"], config["lora_alpha"], until),
                 config["lora_dropout"] or 0.0, config["use_rslora"]) for n in names}
 
 def _fit(model, adapter, path, base_print=None):

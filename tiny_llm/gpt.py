@@ -8,8 +8,8 @@ __all__ = ['GPTConfig', 'rope_tables', 'apply_rope', 'KVCache', 'new_cache', 'At
            'load_checkpoint', 'digest', 'fingerprint']
 
 # %% ../nbs/base/01_gpt.ipynb #382a9d3a
-import hashlib, json, pickle
-from dataclasses import asdict, dataclass
+import hashlib, json
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 import torch, torch.nn as nn, torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -17,6 +17,13 @@ from safetensors.torch import save_file
 from .files import BadFileError, atomic_path
 
 # %% ../nbs/base/01_gpt.ipynb #ac1b4835
+def _check_field(name, kind, value):
+    "Raise `ValueError` for a value of another type or out of any reason; configurations come from files, too."
+    if type(value) is not kind and not (kind is float and type(value) is int): raise ValueError(f"{name}={str(value)[:40]!r} is not {kind.__name__}")
+    low, high = {int: (1, 2**20), float: (1e-12, 1e12), bool: (0, 1)}[kind]
+    if name == "dropout": low, high = 0.0, 0.999
+    if not low <= value <= high: raise ValueError(f"{name}={value} is not between {low} and {high}")
+
 @dataclass
 class GPTConfig:
     "Shape of a `GPT`. Defaults: the model that ships with the book."
@@ -31,6 +38,7 @@ class GPTConfig:
     rope_theta: float = 10000.0 # base of the rotary wavelengths
     norm_eps: float = 1e-5      # added to the mean square in RMSNorm
     def __post_init__(self):
+        for f in fields(self): _check_field(f.name, f.type, getattr(self, f.name))
         if self.d_model % self.n_heads: raise ValueError(f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}")
         if self.head_dim % 2: raise ValueError(f"RoPE rotates pairs: d_model / n_heads = {self.head_dim} must be even")
     @property
@@ -226,10 +234,12 @@ def read_checkpoint(
     if not path.is_file(): raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         config, state = (_read_pt if path.suffix in (".pt", ".pth") else _read_safetensors)(path)
+        odd = [k for k, v in state.items() if not isinstance(v, torch.Tensor) or v.layout != torch.strided or v.is_meta or not v.is_floating_point()]
+        if odd: raise ValueError(f"{str(odd[:3])[:100]} are no plain tensors of floating-point numbers")
         return GPTConfig(**config), state
     except BadFileError: raise
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError) as e:
-        raise BadFileError(f"{path} is not a readable checkpoint: {str(e).splitlines()[0]}") from e
+    except Exception as e: # a broken pickle makes `torch.load` raise nearly anything
+        raise BadFileError(f"{path} is not a readable checkpoint: {(str(e) or type(e).__name__).splitlines()[0]}") from e
 
 # %% ../nbs/base/01_gpt.ipynb #7a3bd9d8
 def check_tensors(
@@ -254,6 +264,8 @@ def load_checkpoint(
     with torch.device("meta"): model = GPT(config)
     if config.tie_weights: state = {"lm_head.weight": state.get("tok_emb.weight", torch.empty(0)), **state}
     check_tensors(state, model.state_dict(), str(path))
+    if config.tie_weights and not torch.equal(state["lm_head.weight"], state["tok_emb.weight"]):
+        raise BadFileError(f"{path}: lm_head.weight differs from tok_emb.weight, but the configuration ties them")
     model = GPT(config).to(dtype)
     model.load_state_dict(state)
     return model.eval()

@@ -64,7 +64,7 @@ class LoRALinear(nn.Module):
     def extra_repr(self): return f"r={self.r}, alpha={self.alpha}, scaling={self.scaling:g}"
 
 # %% ../nbs/02_surgery.ipynb #65647314
-import re
+import math, re, time
 from dataclasses import dataclass
 import regex
 
@@ -181,16 +181,27 @@ def _wrap(model, how):
     return wrapped
 
 # %% ../nbs/02_surgery.ipynb #3ce670f8
+def _checked_pattern(pattern):
+    "Raise `ValueError` for a regular expression that Python's own `re` would read differently, or that could fill the memory."
+    counts = re.findall(r"\{(.*?)\}", pattern)
+    repeats = math.prod(max(1, int(n)) for c in counts for n in re.findall(r"\d+", c))
+    if len(pattern) > 10_000 or repeats > 10_000 or not all(re.fullmatch(r"\d*,?\d*", c) for c in counts): raise ValueError("it is too long, or repeats too much")
+    re.compile(pattern)
+
 def _matches(pattern, name, seconds=0.1):
     "The match of a regular expression with the whole name, or None. Raises `ValueError` for a bad one, or one that takes too long."
-    if len(pattern) > 10_000: raise ValueError(f"a pattern of {len(pattern):,} characters is too long")
-    try: return regex.fullmatch(pattern, name, timeout=seconds)
-    except (regex.error, TimeoutError, OverflowError, RecursionError) as e:
+    try:
+        _checked_pattern(pattern)
+        return regex.fullmatch(pattern, name, timeout=seconds)
+    except (re.error, regex.error, ValueError, TimeoutError, OverflowError, RecursionError) as e:
         raise ValueError(f"the pattern {pattern[:60]!r} cannot be used: {e or type(e).__name__}") from None
 
-def _setting(name, pattern, default):
-    "What {suffix or regular expression: value} gives a layer, by PEFT's rule: the first key that fits."
-    return next((v for key, v in (pattern or {}).items() if _matches(rf"(.*\.)?({key})", name)), default)
+def _setting(name, pattern, default, until=math.inf):
+    "What {suffix or regular expression: value} gives a layer, by PEFT's rule: the first key that fits. `until` is a time to give up."
+    for key, value in (pattern or {}).items():
+        if time.monotonic() > until: raise ValueError(f"{len(pattern)} patterns take too long")
+        if _matches(rf"(.*\.)?({key})", name): return value
+    return default
 
 # %% ../nbs/02_surgery.ipynb #fbc8793d
 def lora_modules(

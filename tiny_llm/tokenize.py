@@ -50,9 +50,11 @@ def _parse(
     path: Path,  # a Hugging Face tokenizer.json
 ) -> Tokenizer:
     "Read and check a tokenizer file. Raises FileNotFoundError, BadFileError"
+    if Path(path).exists() and not Path(path).is_file(): raise BadFileError(f"{path} is no plain file, so no tokenizer.json")
     data = Path(path).read_bytes()
     try: tk = Tokenizer.from_buffer(data)
-    except Exception as e:  # the library raises bare Exception
+    except BaseException as e:  # the library raises bare Exception, and its panics are not even that
+        if isinstance(e, (KeyboardInterrupt, SystemExit)): raise
         raise BadFileError(f"{path} is not a tokenizer.json: {e}") from None
     missing = [s for s in (EOT, PAD) if tk.token_to_id(s) is None]
     if missing or not isinstance(tk.model, models.BPE):

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'HELP', 'default_device', 'has_bf16', 'autocast', 'param_groups', 'orthogonalize', 'Muon',
            'PretrainConfig', 'lr_at', 'make_optimizers', 'train_step', 'total_nats', 'story_loss', 'batch_stream',
-           'Progress', 'describe_run', 'random_state', 'set_random_state', 'save_state', 'load_state', 'write_log',
-           'read_log', 'checkpoint', 'load_prepared', 'compiled', 'train_until', 'pretrain', 'score_windows',
-           'window_batches', 'perplexity', 'make_parser', 'main']
+           'Progress', 'describe_run', 'random_state', 'set_random_state', 'write_state', 'read_state', 'save_state',
+           'load_state', 'write_log', 'read_log', 'checkpoint', 'load_prepared', 'compiled', 'train_until', 'pretrain',
+           'score_windows', 'window_batches', 'perplexity', 'make_parser', 'main']
 
 # %% ../nbs/base/04_pretrain.ipynb #14cecb8e
-import argparse, contextlib, hashlib, math, pickle, time
+import argparse, contextlib, hashlib, io, math, time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -245,6 +245,28 @@ def set_random_state(
     if "cuda" in state and torch.cuda.is_available(): torch.cuda.set_rng_state(state["cuda"])
 
 # %% ../nbs/base/04_pretrain.ipynb #e873a348
+def write_state(
+    path: Path,   # where to write, whole or not at all
+    state: dict,  # plain values and tensors
+):
+    "Write what a run resumes from, behind its length and checksum. Raises `OSError`."
+    blob = io.BytesIO()
+    torch.save(state, blob)
+    head = hashlib.sha256(blob.getbuffer()).digest() + blob.getbuffer().nbytes.to_bytes(8, "big")  # 32 + 8 bytes
+    with atomic_path(path) as tmp: tmp.write_bytes(head + blob.getbuffer())
+
+def read_state(
+    path: Path,  # a file of `write_state`
+) -> dict:       # the same values
+    "What `write_state` wrote, bit for bit. Raises `FileNotFoundError`, `BadFileError` for any other file."
+    if path.exists() and not path.is_file(): raise BadFileError(f"{path} is no plain file; delete it to start again")
+    with open(path, "rb") as f:
+        head = f.read(40)
+        whole = len(head) == 40 and path.stat().st_size == 40 + int.from_bytes(head[32:], "big")
+        if not whole or hashlib.sha256(blob := f.read()).digest() != head[:32]:
+            raise BadFileError(f"{path} is not a state that a run wrote, or was damaged since; delete it to start again")
+    return torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
+
 def save_state(
     path: Path,          # where to write
     model: GPT,          # the model
@@ -254,7 +276,7 @@ def save_state(
 ):
     "Write everything that a resumed run needs, whole or not at all."
     state = dict(run=run, model=model.state_dict(), opts=[o.state_dict() for o in opts], progress=asdict(progress), rng=random_state())
-    with atomic_path(path) as tmp: torch.save(state, tmp)
+    write_state(path, state)
 
 # %% ../nbs/base/04_pretrain.ipynb #e9353761
 def load_state(
@@ -264,9 +286,7 @@ def load_state(
     run: dict,    # from `describe_run`; must be that of the file
 ) -> Progress:    # how far the run had come
     "Resume from `path`. Raises BadFileError if it is unreadable, ValueError if it is another run's."
-    try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise BadFileError(f"{path} is not a readable state; delete it to start again") from e
+    state = read_state(path)
     other = [k for k in run if state["run"].get(k) != run[k]]
     if other: raise ValueError(f"{path} belongs to another run (different {', '.join(other)}); choose another folder, or delete it")
     model.load_state_dict(state["model"])
