@@ -16,6 +16,7 @@ from tiny_llm.gpt import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from tiny_llm.instruct import read_examples
 from tiny_llm.lora import add_lora_to_model, lora_modules, lora_parameters
 from tiny_llm.tokenize import BPETokenizer
+from tiny_llm.train import read_state
 
 CONFIG, WEIGHTS, NOTE = FILES = "adapter_config.json", "adapter_model.safetensors", "tiny_llm.json"
 PREFIX, SECONDS, ROOM = "base_model.model.", 5, 1 << 30
@@ -365,7 +366,7 @@ class States:
         self.result.losses, self.result.valid_losses, self.result.tokens = [1.5, 2.5], [(0, 3.0)], 7
         for p in lora_parameters(self.result.model): p.grad = torch.randn_like(p)
         self.opt.step(); save_finetune_state(home/"good.pt", self.result, self.opt, self.run)
-        self.bytes, self.dict = (home/"good.pt").read_bytes(), torch.load(home/"good.pt", weights_only=True)
+        self.bytes, self.dict = (home/"good.pt").read_bytes(), read_state(home/"good.pt")
         self.now = self.fresh()
     def fresh(self):
         m = add_lora_to_model(small(), r=2); return FinetuneResult(m), torch.optim.AdamW(lora_parameters(m), lr=0.1)
@@ -374,7 +375,9 @@ class States:
         folder.mkdir(); path, how = folder/"state.pt", rng.random()
         path.write_bytes(self.bytes)
         if how < 0.05: return replace_by(rng, path)
-        path.write_bytes(rng.choice(BYTES)(rng, self.bytes) if how < 0.3 else damage_zip(rng, self.bytes, self.marker) if how < 0.6 else saved(damage_tree(rng, self.dict)))
+        if how < 0.1: return # as it was
+        blob = damage_zip(rng, self.bytes[40:], self.marker) if how < 0.5 else saved(damage_tree(rng, self.dict))
+        path.write_bytes(rng.choice([blob, self.bytes[:40] + blob]) if how < 0.7 else rng.choice(BYTES)(rng, self.bytes))
     def check(self, rng, folder):
         self.before = self.picture(*self.now)
         try: load_finetune_state(folder/"state.pt", *self.now, self.run)
@@ -382,7 +385,7 @@ class States:
             assert same(self.picture(*self.now), self.before), "half of a state was taken"
             if "another run" in str(e): raise BadFileError from e
             raise
-        got, said = self.picture(*self.now), torch.load(folder/"state.pt", weights_only=True)
+        got, said = self.picture(*self.now), self.dict
         torch.manual_seed(0); self.now = self.fresh()
         assert same(got[0], said["params"]) and same(got[2], said["result"]["losses"]), "not what the file says"
         assert all(isinstance(x, float) for x in got[2]) and isinstance(got[4], int), "numbers that are none"
