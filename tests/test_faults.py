@@ -96,7 +96,8 @@ def test_killed_while_saving(tmp_path, record, kind, kills):
     began = time.perf_counter()
     for n in range(4): thing.save(n, path)
     one_save, inside, lost, acknowledged = (time.perf_counter() - began) / 4, 0, [], 3
-    for i in range(kills):
+    for i in range(20 * kills):
+        if i >= kills and inside >= kills // 10: break # on some machines few kills hit a save; then there are more of them
         child, diary = ctx.Process(target=save_for_ever, args=(kind, path, acknowledged + 1, tmp_path/f"diary{i}")), tmp_path/f"diary{i}"
         child.start(); wait_for(diary, 1, child)
         time.sleep(rng.uniform(0, 1.2 * one_save)); kill(child)
