@@ -82,7 +82,7 @@ def notebook(mod):
     "A module's page as the text of a notebook."
     kernel = dict(display_name='python3', language='python', name='python3')
     cells = [cell(s, i, kind) for i, (s, kind) in enumerate(sources(mod))]
-    return json.dumps(dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5), indent=1, ensure_ascii=False) + '\n'
+    return json.dumps(dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5), indent=1, sort_keys=True, ensure_ascii=False) + '\n'
 
 def main():
     "Write what changed; pages of modules that are gone go."
