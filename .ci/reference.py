@@ -4,13 +4,22 @@ A page lists the public names with what they do and where the book teaches them.
 `tiny_llm/_modidx.py`, lines from the modules; the tables of parameters are made by fastcore's `DocmentTbl` when nbdev
 prepares the page, so the notebooks stay small and hold nothing that differs between machines.
 """
-import ast, json, os, re
+import ast, json, os, re, textwrap
 from importlib import import_module
 from pathlib import Path
 from nbdev.config import get_config
 from tiny_llm._modidx import d as index
 
 ROOT, OUT = Path(__file__).resolve().parents[1], Path('nbs/reference')
+TABLE = r'''#| exec_doc
+#| hide
+from fastcore.docments import DocmentTbl
+from {mod} import *
+class Table(DocmentTbl):
+    "The parameters of a function, with the bar of a type such as `str | None` kept out of the table's own."
+    def __init__(self, f):
+        super().__init__(f)
+        for d in self.dm.values(): d.update({k: str(v).replace('|', r'\|') for k, v in d.items() if '|' in str(v)})'''
 MARK = re.compile(r'^# %% \.\./(nbs/\S+\.ipynb)')
 
 def chapter(nb):
@@ -29,7 +38,7 @@ def doc(node):
 def call(name, args):
     "How a function is called: names and defaults, the types left to the table."
     for a in [*args.posonlyargs, *args.args, *args.kwonlyargs, *filter(None, [args.vararg, args.kwarg])]: a.annotation = None
-    return f'{name}({re.sub("^(self|cls)(, |$)", "", ast.unparse(args))})'
+    return textwrap.fill(f'{name}({re.sub("^(self|cls)(, |$)", "", ast.unparse(args))})', 72, subsequent_indent='    ', break_on_hyphens=False)
 
 def entries(mod, text):
     "(name, kind, node) of each public function, class, method and constant of a module, as they stand in the file."
@@ -46,7 +55,7 @@ def signature(name, node):
     init = next((m for m in node.body if getattr(m, 'name', '') == '__init__'), None)
     if init: return call(name, init.args)
     fields = [f.target.id + (f'={ast.unparse(f.value)}' if f.value else '') for f in node.body if isinstance(f, ast.AnnAssign)]
-    return f'{name}({", ".join(fields)})'
+    return textwrap.fill(f'{name}({", ".join(fields)})', 72, subsequent_indent='    ', break_on_hyphens=False)
 
 def has_parameters(node): return not signature('', node).endswith('()')
 
@@ -65,14 +74,14 @@ def sources(mod):
     link = lambda nb, anchor='': f'[{homes[nb]}](../{nb[4:]}{anchor})'
     yield f'# {mod}\n\n> Public names of the module, taught in {" and ".join(homes.values())}.', 'markdown'
     yield f'The chapter{"s" if len(homes) > 1 else ""} with the reasons and the checks: {", ".join(map(link, homes))}.', 'markdown'
-    yield f'#| hide\nfrom fastcore.docments import DocmentTbl\nfrom {mod} import *', 'code'
+    yield TABLE.replace('{mod}', mod), 'code'
     for name, kind, node in found:
         if kind == 'value': continue
         anchor = syms.get(f'{mod}.{name}', ('',))[0].partition('#')[2]
         taught = link(notebook_of(lines, node.lineno), f'#{anchor}' if anchor and '.' not in name else '')
         source = f'[source]({git}/blob/main/{path}#L{node.lineno})'
         yield f'## {name}\n\n```python\n{signature(name, node)}\n```\n\n{doc(node)}\n\nTaught in {taught} · {source}', 'markdown'
-        if has_parameters(node): yield f'#| exec_doc\n#| echo: false\nDocmentTbl({name})', 'code'
+        if has_parameters(node): yield f'#| exec_doc\n#| echo: false\nTable({name})', 'code'
     values = [(n, node) for n, kind, node in found if kind == 'value']
     if values:
         rows = [f'| `{n}` | {link(notebook_of(lines, node.lineno))} | [source]({git}/blob/main/{path}#L{node.lineno}) |' for n, node in values]

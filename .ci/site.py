@@ -22,6 +22,7 @@ LOADS = {'script': 'src', 'img': 'src', 'iframe': 'src', 'source': 'src', 'video
 LOADING_RELS = {'stylesheet', 'icon', 'preload', 'modulepreload', 'prefetch', 'preconnect', 'dns-prefetch', 'manifest'}
 WIDGETS = re.compile(  # what Quarto adds to every notebook with an HTML output, for widgets that this book has not
     r'<script src="https://cdnjs\.cloudflare\.com/ajax/libs/(?:require\.js|jquery)/.*?</script>|<script[^>]*>define\(.jquery.*?</script>', re.S)
+LINK_IN_CODE = re.compile(r'\[(`[\w.]+`)\]\(https?://[^)\s]+\)')  # nbdev links names in the comments of a signature too
 FONT_IMPORT = r'@import\s*(?:url\()?["\']?https?://[^;]+;'
 HEAVY = 400_000  # bytes of HTML without its figures
 
@@ -98,9 +99,13 @@ def build_quarto():
     from nbdev.quarto import nbdev_docs
     Path('README.md').touch()
     nbdev_docs.__wrapped__()
+
+def tidy():
+    "Take out of the pages what a builder put there and no reader needs."
     for page in DOCS.rglob('*.html'):
-        text = page.read_text(encoding='utf-8')
-        if WIDGETS.search(text): page.write_text(WIDGETS.sub('', text), encoding='utf-8')
+        old = page.read_text(encoding='utf-8')
+        new = LINK_IN_CODE.sub(r'\1', WIDGETS.sub('', old))
+        if new != old: page.write_text(new, encoding='utf-8')
 
 def sidebar(node):
     "Every page named anywhere in the sidebar."
@@ -178,7 +183,9 @@ def main():
             return 1
         print('smalldocs is not here (it needs Python 3.11): no site built, checking the links in the notebooks only')
         found = check_sources()
-    else: found = check_site()
+    else:
+        tidy()
+        found = check_site()
     print('\n'.join(found) or 'site: ok')
     return len(found)
 
