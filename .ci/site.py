@@ -15,7 +15,8 @@ import yaml
 
 ROOT, DOCS, NBS = Path(__file__).resolve().parents[1], Path('_docs'), Path('nbs')
 MARKUP = {'a cross-reference': r'@(?:fig|tbl|sec|eq|lst)-\w+', 'a cell marker or magic': r'%%\w*',
-          'a raw div': r':{3,}', 'a raw shortcode': r'\{\{<'}
+          'a raw div': r':{3,}', 'a raw shortcode': r'\{\{<', 'a raw link': r'.{0,30}\]\(.{0,30}', 'raw TeX': r'\$\$|\\[a-zA-Z]+',
+          'raw emphasis': r'(?<![\w*])\*{1,2}[^\W\d].{0,30}'}
 SCHEME = re.compile(r'[a-z][a-z0-9+.-]*:|//', re.I)
 REMOTE = re.compile(r'(?:https?:)?//', re.I)
 LOADS = {'script': 'src', 'img': 'src', 'iframe': 'src', 'source': 'src', 'video': 'src', 'audio': 'src', 'embed': 'src', 'object': 'data'}
