@@ -47,7 +47,8 @@ def entries(mod, text):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in public: yield node.name, 'doc', node
         for m in node.body if isinstance(node, ast.ClassDef) and node.name in public else []:
             if isinstance(m, ast.FunctionDef) and m.name[0] != '_' and doc(m): yield f'{node.name}.{m.name}', 'doc', m
-        if isinstance(node, ast.Assign): yield from ((t.id, 'value', node) for t in node.targets if getattr(t, 'id', '') in public)
+        if isinstance(node, ast.Assign):
+            yield from ((n.id, 'value', node) for t in node.targets for n in ast.walk(t) if getattr(n, 'id', '') in public)
 
 def signature(name, node):
     "The call of a function, or of a class through its `__init__`; a dataclass is called by its fields."
