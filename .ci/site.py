@@ -3,7 +3,7 @@
 With the `quarto` program on PATH this is `nbdev_docs`. Without it, nbdev still prepares the notebooks and
 `smalldocs` renders them: a check of structure and links, with Quarto as the reference. Where `smalldocs` cannot
 be had (Python 3.10) only the links in the notebooks' Markdown are checked. Exit 1 lists everything found wrong:
-broken links and anchors, unrendered markup, images without alt text, scripts, styles, fonts or pictures from another
+broken links and anchors, unrendered markup, images without alt text, paths of this machine, scripts, styles, fonts or pictures from another
 host, and pages heavier than `HEAVY`. Figures do not count there: Quarto writes them as files, the stand-in inlines them.
 """
 import html, json, os, posixpath, re, shutil, sys, traceback
@@ -34,6 +34,7 @@ class Page(HTMLParser):
         super().__init__()
         self.ids, self.links, self.loads, self.mute, self.text, self.depth = set(), [], [], [], [], 0
         self.weight = len(re.sub(r'data:image/[\w+.-]+;base64,[^"]+', '', text).encode())
+        self.leaks = str(ROOT) in text
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -141,6 +142,7 @@ def page_faults(name, page, pages, base):
     yield from (f'{what} in the text: {m[0]}' for what, pat in MARKUP.items() for m in re.finditer(pat, text))
     yield from (f'loads from another host: {u[:80]}' for u in page.loads if REMOTE.match(u))
     yield from (f'image without alt text: {src}' for src in page.mute)
+    if page.leaks: yield f'names a folder of this machine: {ROOT}'
     if page.weight > HEAVY: yield f'{page.weight / 1000:.0f} KB of HTML; {HEAVY / 1000:.0f} are allowed'
 
 def check_site():
