@@ -21,8 +21,9 @@ docs: $(READY)  ## build the site: Quarto where it is installed, the stand-in el
 record: $(READY)  ## conformance, faults and fuzz: write what the tests measure to the record that the book prints
 	$(BIN)/python -m pytest tests/conformance tests/test_faults.py tests/test_fuzz.py --record
 
-export: $(READY)  ## notebooks -> package, README and tidy notebooks
+export: $(READY)  ## notebooks -> package, reference pages, README and tidy notebooks
 	$(BIN)/nbdev_export
+	$(BIN)/python .ci/reference.py
 	$(BIN)/nbdev_clean
 	$(BIN)/python .ci/readme.py
 

@@ -1,7 +1,8 @@
 """Write README.md from nbs/index.ipynb as `nbdev_readme` would, without Quarto: `python .ci/readme.py`.
 
 Markdown cells are copied; code cells are fenced, with their saved output after them; a figure becomes a file in
-`nbs/images/`; a link to a notebook becomes a link to its published page. The same notebook gives the same bytes.
+`nbs/images/`; an output that is HTML alone, such as a lab, becomes its picture `nbs/images/<function>.png`, and a link
+to the page; a link to a notebook becomes a link to its published page. The same notebook gives the same bytes.
 """
 import base64, json, os, posixpath, re
 from configparser import ConfigParser
@@ -55,11 +56,18 @@ def figure(data, alt, images):
     images[path] = raw.encode() if ext == 'svg' else base64.b64decode(raw)
     return f'![{alt}]({path.as_posix()})'
 
-def output(out, alt, images):
-    "One saved output: a figure, Markdown as it is, or text indented as a block."
+def lab(code, alt):
+    "For HTML that Markdown cannot hold, the picture named like the function called last, linked to the page where it lives."
+    path = IMAGES / (re.findall(r'(\w+)\(', code)[-1].removesuffix('_html') + '.png')
+    if not path.exists(): raise ValueError(f'nbs/index.ipynb shows HTML: README.md needs a picture of it in {path.as_posix()}')
+    return f'[![{alt}]({path.as_posix()})]({site_url()}/)'
+
+def output(out, code, alt, images):
+    "One saved output: a figure, HTML as a picture, Markdown as it is, or text indented as a block."
     if out['output_type'] == 'error': raise ValueError('nbs/index.ipynb has an error output: ' + out['ename'])
     data = out.get('data', {})
     if data.keys() & {'image/svg+xml', 'image/png'}: return figure(data, alt, images)
+    if 'text/html' in data: return lab(code, alt)
     if 'text/markdown' in data: return ''.join(data['text/markdown'])
     text = ''.join(out.get('text', data.get('text/plain', ''))).strip('\n')
     return '\n'.join('    ' + l if l else l for l in text.splitlines())
@@ -70,7 +78,8 @@ def code_cell(cell, images):
     if marks.keys() & HIDDEN or marks.get('include') == 'false': return []
     blocks = [f'``` python\n{code}\n```'] if code and marks.get('echo') != 'false' else []
     if marks.get('output') == 'false': return blocks
-    return blocks + [output(o, marks.get('fig-alt', ''), images) for o in cell['outputs']]
+    return blocks + [output(o, code, marks.get('fig-alt', ''), images) for o in cell['outputs']
+                     if o.get('name') != 'stderr']
 
 def readme(nb, base):
     "The text of README.md, and its figures as {path: bytes}."

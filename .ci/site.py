@@ -2,7 +2,9 @@
 
 With the `quarto` program on PATH this is `nbdev_docs`. Without it, nbdev still prepares the notebooks and
 `smalldocs` renders them: a check of structure and links, with Quarto as the reference. Where `smalldocs` cannot
-be had (Python 3.10) only the links in the notebooks' Markdown are checked. Exit 1 lists everything found wrong.
+be had (Python 3.10) only the links in the notebooks' Markdown are checked. Exit 1 lists everything found wrong:
+broken links and anchors, unrendered markup, images without alt text, paths of this machine, scripts, styles, fonts or pictures from another
+host, and pages heavier than `HEAVY`. Figures do not count there: Quarto writes them as files, the stand-in inlines them.
 """
 import html, json, os, posixpath, re, shutil, sys, traceback
 from configparser import ConfigParser
@@ -13,21 +15,36 @@ import yaml
 
 ROOT, DOCS, NBS = Path(__file__).resolve().parents[1], Path('_docs'), Path('nbs')
 MARKUP = {'a cross-reference': r'@(?:fig|tbl|sec|eq|lst)-\w+', 'a cell marker or magic': r'%%\w*',
-          'a raw div': r':{3,}', 'a raw shortcode': r'\{\{<'}
+          'a raw div': r':{3,}', 'a raw shortcode': r'\{\{<', 'a raw link': r'.{0,30}\]\(.{0,30}', 'raw TeX': r'\$\$|\\[a-zA-Z]+',
+          'raw emphasis': r'(?<![\w*])\*{1,2}[^\W\d].{0,30}'}
 SCHEME = re.compile(r'[a-z][a-z0-9+.-]*:|//', re.I)
+REMOTE = re.compile(r'(?:https?:)?//', re.I)
+LOADS = {'script': 'src', 'img': 'src', 'iframe': 'src', 'source': 'src', 'video': 'src', 'audio': 'src', 'embed': 'src', 'object': 'data'}
+LOADING_RELS = {'stylesheet', 'icon', 'preload', 'modulepreload', 'prefetch', 'preconnect', 'dns-prefetch', 'manifest'}
+WIDGETS = re.compile(  # what Quarto adds to every notebook with an HTML output, for widgets that this book has not
+    r'<script src="https://cdnjs\.cloudflare\.com/ajax/libs/(?:require\.js|jquery)/.*?</script>|<script[^>]*>define\(.jquery.*?</script>', re.S)
+LINK_IN_CODE = re.compile(r'\[(`[\w.]+`)\]\(https?://[^)\s]+\)')  # nbdev links names in the comments of a signature too
+FONT_IMPORT = r'@import\s*(?:url\()?["\']?https?://[^;]+;'
+HEAVY = 400_000  # bytes of HTML without its figures
 
 class Page(HTMLParser):
-    "The ids, the links and the visible text outside code of one HTML page."
+    "The ids, the links, what it loads, the images without alt text and the visible text outside code of one HTML page."
     NOT_TEXT = {'code', 'pre', 'script', 'style', 'math', 'svg'}
     def __init__(self, text):
         super().__init__()
-        self.ids, self.links, self.text, self.depth = set(), [], [], 0
+        self.ids, self.links, self.loads, self.mute, self.text, self.depth = set(), [], [], [], [], 0
+        self.weight = len(re.sub(r'data:image/[\w+.-]+;base64,[^"]+', '', text).encode())
+        self.leaks = str(ROOT) in text
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         a = dict(attrs)
         self.ids.update(filter(None, [a.get('id'), a.get('name') if tag == 'a' else None]))
         self.links += [a[k] for k in ('href', 'src') if a.get(k)]
+        loads = a.get(LOADS.get(tag)) or (a.get('href') if tag == 'link' and LOADING_RELS & set((a.get('rel') or '').split()) else None)
+        self.loads += [loads] if loads else []
+        self.mute += [(a.get('src') or '')[:60]] if tag == 'img' and not (a.get('alt') or '').strip() else []
+        self.links += [a['content']] if tag == 'meta' and (a.get('property') or a.get('name') or '').endswith(':image') else []
         self.depth += tag in self.NOT_TEXT
 
     def handle_endtag(self, tag): self.depth -= tag in self.NOT_TEXT
@@ -40,14 +57,14 @@ def site_url():
     return cfg['DEFAULT']['doc_host'] + cfg['DEFAULT']['doc_baseurl'].rstrip('/') + '/'
 
 def output_names():
-    "For each prepared notebook, the page smalldocs writes -> the page Quarto writes (nbdev's `output-file`)."
+    "For each prepared notebook, the pages smalldocs writes -> those Quarto writes (nbdev's `output-file`), HTML and Markdown."
     names = {}
     for nb in sorted(Path('_proc').rglob('*.ipynb')):
         rel = nb.relative_to('_proc')
         front = ''.join((json.loads(nb.read_text(encoding='utf-8'))['cells'] or [{'source': ''}])[0]['source'])
         found = re.search(r'^output-file: (\S+)$', front, re.M)
         names[rel.with_suffix('.html').as_posix()] = rel.with_name(found[1] if found else rel.stem + '.html').as_posix()
-    return names
+    return names | {k[:-4] + 'llms.md': v[:-4] + 'llms.md' for k, v in names.items()}
 
 def rename(page, names):
     "Give one page, and the links in it, the names Quarto would give."
@@ -55,7 +72,7 @@ def rename(page, names):
     def fix(m):
         new = names.get(posixpath.normpath(posixpath.join(folder, m[2])))
         return m[1] + (posixpath.join(posixpath.dirname(m[2]), posixpath.basename(new)) if new else m[2])
-    text = re.sub(r'((?:href|src)=")(?!\w+:)([^"#?]+\.html)', fix, page.read_text(encoding='utf-8'))
+    text = re.sub(r'((?:href|src)="|\]\()(?!\w+:)([^"#?)\s]+\.(?:html|llms\.md))', fix, page.read_text(encoding='utf-8'))
     page.unlink()
     (DOCS / names.get(page.relative_to(DOCS).as_posix(), page.relative_to(DOCS))).write_text(text, encoding='utf-8')
 
@@ -72,8 +89,10 @@ def build_standin():
     if twice: raise ValueError(f'two notebooks write one page: {sorted(twice)}')
     shutil.rmtree(DOCS, ignore_errors=True)
     shutil.move(site.out, DOCS)
-    for page in sorted(DOCS.rglob('*.html')): rename(page, names)
-    for f in filter(Path.exists, (DOCS/'search.json', DOCS/'sitemap.xml')):
+    for page in sorted([*DOCS.rglob('*.html'), *DOCS.rglob('*.llms.md')]): rename(page, names)
+    for css in DOCS.rglob('site_libs/themes/*.css'):  # light.scss and dark.scss fetch no web font; smalldocs' plain CSS would
+        css.write_text(re.sub(FONT_IMPORT, '', css.read_text(encoding='utf-8')), encoding='utf-8')
+    for f in filter(Path.exists, (DOCS/'search.json', DOCS/'sitemap.xml', DOCS/'llms.txt')):
         new = re.sub('|'.join(map(re.escape, names)), lambda m: names[m[0]], f.read_text(encoding='utf-8'))
         f.write_text(new, encoding='utf-8')
 
@@ -83,9 +102,16 @@ def build_quarto():
     Path('README.md').touch()
     nbdev_docs.__wrapped__()
 
+def tidy():
+    "Take out of the pages what a builder put there and no reader needs."
+    for page in DOCS.rglob('*.html'):
+        old = page.read_text(encoding='utf-8')
+        new = LINK_IN_CODE.sub(r'\1', WIDGETS.sub('', old))
+        if new != old: page.write_text(new, encoding='utf-8')
+
 def sidebar(node):
     "Every page named anywhere in the sidebar."
-    if isinstance(node, str): return [node]
+    if isinstance(node, str): return sorted(p.relative_to(NBS).as_posix() for p in NBS.glob(node)) if '*' in node else [node]
     if isinstance(node, list): return [p for n in node for p in sidebar(n)]
     return [p for k in ('href', 'file', 'contents') if k in node for p in sidebar(node[k])]
 
@@ -108,16 +134,29 @@ def broken(link, page, pages, base):
     if target.startswith('..') or not (DOCS / target).is_file(): return f'broken link {link}'
     if anchor and target in pages and unquote(anchor) not in pages[target].ids: return f'no anchor for {link}'
 
+def page_faults(name, page, pages, base):
+    "Everything wrong in one built page."
+    for link in sorted(set(page.links)):
+        if why := broken(link, name, pages, base): yield why
+    text = html.unescape(''.join(page.text))
+    yield from (f'{what} in the text: {m[0]}' for what, pat in MARKUP.items() for m in re.finditer(pat, text))
+    yield from (f'loads from another host: {u[:80]}' for u in page.loads if REMOTE.match(u))
+    yield from (f'image without alt text: {src}' for src in page.mute)
+    if page.leaks: yield f'names a folder of this machine: {ROOT}'
+    if page.weight > HEAVY: yield f'{page.weight / 1000:.0f} KB of HTML; {HEAVY / 1000:.0f} are allowed'
+
 def check_site():
-    "Everything wrong in the built pages."
+    "Everything wrong in the built site."
     files = [f for f in sorted(DOCS.rglob('*.html')) if 'site_libs' not in f.parts]
     pages = {f.relative_to(DOCS).as_posix(): Page(f.read_text(encoding='utf-8')) for f in files}
     base, found = site_url(), list(missing_pages())
-    for name, page in pages.items():
-        found += [f'{name}: {why}' for link in sorted(set(page.links)) if (why := broken(link, name, pages, base))]
-        text = html.unescape(''.join(page.text))
-        found += [f'{name}: {what} in the text: {m[0]}' for what, pat in MARKUP.items() for m in re.finditer(pat, text)]
-    print(f'{len(pages)} pages, {sum(len(p.links) for p in pages.values())} links')
+    for name, page in pages.items(): found += [f'{name}: {why}' for why in page_faults(name, page, pages, base)]
+    for css in DOCS.rglob('*.css'):
+        found += [f'{css}: loads from another host' for _ in re.finditer(r'url\(\s*["\']?(?:https?:)?//|' + FONT_IMPORT, css.read_text(encoding='utf-8'))]
+    found += [f'{f} was not written' for f in (DOCS/'llms.txt', *(DOCS / n.replace('.html', '.llms.md') for n in pages)) if not f.exists()]
+    heavy = sorted(pages, key=lambda n: -pages[n].weight)[:3]
+    print(f'{len(pages)} pages, {sum(len(p.links) for p in pages.values())} links; heaviest without figures: '
+          + ', '.join(f'{n} {pages[n].weight / 1000:.0f} KB' for n in heavy))
     return found
 
 def markdown(nb):
@@ -147,7 +186,9 @@ def main():
             return 1
         print('smalldocs is not here (it needs Python 3.11): no site built, checking the links in the notebooks only')
         found = check_sources()
-    else: found = check_site()
+    else:
+        tidy()
+        found = check_site()
     print('\n'.join(found) or 'site: ok')
     return len(found)
 

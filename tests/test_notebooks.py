@@ -20,9 +20,9 @@ print("\\nRAN", ok, seconds)
 '''
 
 def notebooks():
-    "Every notebook of the book: none from `_proc`, none from hidden folders."
+    "Every notebook of the book: none from `_proc` or hidden folders, nor the reference, which building the site runs."
     found = ((p, p.relative_to(ROOT / 'nbs').parts) for p in sorted((ROOT / 'nbs').rglob('*.ipynb')))
-    return [pytest.param(p, id='/'.join(parts)) for p, parts in found if not any(d[0] in '._' for d in parts)]
+    return [pytest.param(p, id='/'.join(parts)) for p, parts in found if not any(d[0] in '._' for d in parts) and parts[0] != 'reference']
 
 every_notebook = pytest.mark.parametrize('nb', notebooks())
 

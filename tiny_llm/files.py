@@ -106,9 +106,9 @@ def write_jsonl(
 def log_runs(
     path, # the log; made if it is missing
     settings: list, # one dict of plain values for each run
-    run, # called as run(**setting); returns a dict
+    run, # called with a setting as keyword arguments; returns a dict
 ) -> list: # all lines of the log, as dicts
-    "Make the runs that the log lacks, and add {**setting, **result} for each."
+    "Make the runs that the log lacks, and add a line of setting and result for each."
     rows = read_jsonl(path) if Path(path).exists() else []
     todo = [s for s in settings if not any(s.items() <= row.items() for row in rows)]
     for setting in tqdm(todo, unit="run"):
