@@ -54,10 +54,10 @@ def picture(
 LAYER, DELTA = "blocks.5.attn.W_o", ASSETS/"lab_delta.safetensors"
 
 def load_delta(
-    path=DELTA, # a file of `save_delta`
+    path=None, # a file of `save_delta`; None: `DELTA`, which ships with the book
 ) -> tuple: # (ΔW (out, in) fp32, how it was made: dict of str)
     "The update of `LAYER` in a full fine-tune."
-    with safe_open(path, "pt") as f: return f.get_tensor("delta").float(), f.metadata()
+    with safe_open(path or DELTA, "pt") as f: return f.get_tensor("delta").float(), f.metadata()
 
 # %% ../nbs/labs/01_lora_lab.ipynb #0598222a
 def lab_matrices() -> list: # (name, what it is, matrix (256, 256)) of each
@@ -791,14 +791,14 @@ def tune_all(
 # %% ../nbs/labs/01_lora_lab.ipynb #07c19bbb
 def save_delta(
     model: GPT, # a fine-tuned base
-    path=DELTA, # the file, replaced whole or not at all
+    path=None, # the file, replaced whole or not at all; None: `DELTA`
     **made, # how it was made, for the header
 ):
     "Keep what fine-tuning added to `LAYER`, in half precision."
     before = load_base(device="cpu")[0].get_submodule(LAYER).weight
     delta = model.get_submodule(LAYER).weight.detach().cpu() - before.detach()    # (out, in)
     header = {k: str(v) for k, v in dict(layer=LAYER, **made).items()}
-    with atomic_path(path) as tmp: write_tensors(tmp, dict(delta=delta.half().contiguous()), **header)
+    with atomic_path(path or DELTA) as tmp: write_tensors(tmp, dict(delta=delta.half().contiguous()), **header)
 
 # %% ../nbs/labs/01_lora_lab.ipynb #78422d9e
 def cut_losses(
