@@ -382,7 +382,8 @@ def test_convolutions_are_named_as_not_supported():
     assert "not supported: Conv2d (0)" in refused(model, targets="q_proj", r=2)
 
 @pytest.mark.parametrize("how, why", [(dict(exclude="nothing"), "nothing"), (dict(targets="all-linear", exclude="all-linear"), "without 'all-linear'"),
-    (dict(rank_pattern={"nothing": 4}), "rank_pattern.*nothing"), (dict(alpha_pattern={"(": 4}), "cannot be used"), (dict(rank_pattern={"attn.qkv": 999}), "999"),
+    (dict(rank_pattern={"nothing": 4}), "rank_pattern.*nothing"), (dict(alpha_pattern={"(": 4}), "cannot be used"), (dict(alpha_pattern={"blocks.0.attn.[[:alpha:]]*": 4}), "cannot be used"),
+    (dict(rank_pattern={"(?:x{2147483647}){2147483647}": 4}), "cannot be used"), (dict(rank_pattern={"(?:attn.qkv){e<=1}": 4}), "cannot be used"), (dict(rank_pattern={"attn.qkv": 999}), "999"),
     (dict(alpha_pattern={"attn.qkv": -1}), "alpha=-1")])
 def test_exclude_and_patterns_that_do_not_fit(how, why):
     refused(make(gpt)[0], match=why, **how)

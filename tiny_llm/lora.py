@@ -185,6 +185,7 @@ def _checked_pattern(pattern):
     "Raise `ValueError` for a regular expression that Python's own `re` would read differently, or that could fill the memory."
     counts = re.findall(r"\{(.*?)\}", pattern)
     repeats = math.prod(max(1, int(n)) for c in counts for n in re.findall(r"\d+", c))
+    if "[[" in pattern or "[:" in pattern: raise ValueError("classes in classes are read differently by different programs")
     if len(pattern) > 10_000 or repeats > 10_000 or not all(re.fullmatch(r"\d*,?\d*", c) for c in counts): raise ValueError("it is too long, or repeats too much")
     re.compile(pattern)
 
