@@ -800,17 +800,18 @@ def save_delta(
     header = {k: str(v) for k, v in dict(layer=LAYER, **made).items()}
     with atomic_path(path or DELTA) as tmp: write_tensors(tmp, dict(delta=delta.half().contiguous()), **header)
 
-# %% ../nbs/labs/01_lora_lab.ipynb #78422d9e
+# %% ../nbs/labs/01_lora_lab.ipynb #00b53207
 def cut_losses(
     tuned: GPT, # fine-tuned from the shipped base
     held_out: list, # batches to validate on
+    ranks=CUTS, # to cut to
 ) -> dict: # "uncut": loss, "cut": [[rank, loss], …], "error_at_8": {layer: relative error at rank 8}
     "What is left of a full fine-tune when each update is cut to a low rank."
     base = load_base(device=next(tuned.parameters()).device)[0]
     svd = update_svd(tuned, base)
     loss = lambda r: example_loss(cut_update(base, svd, r), held_out)
     errors = {n: round(relative_errors(s)[8].item(), 4) for n, (_, s, _) in svd.items()}
-    return dict(uncut=loss(None), cut=[[r, loss(r)] for r in CUTS], error_at_8=errors)
+    return dict(uncut=loss(None), cut=[[r, loss(r)] for r in ranks], error_at_8=errors)
 
 # %% ../nbs/labs/01_lora_lab.ipynb #71ea630c
 RUNS = [dict(kind="base", r=0, lr=0.0, max_steps=0)] + [dict(kind="full", r=0, lr=lr, max_steps=150) for lr in (1e-4, 3e-4, 1e-3)]
