@@ -298,11 +298,10 @@ _KIT += """
   };
 """
 
-# %% ../nbs/labs/01_lora_lab.ipynb #4e0b389e
+# %% ../nbs/labs/01_lora_lab.ipynb #720fda2d
 _KIT += """
   kit.checks = function (parent, o) { // {label, options, chosen, on(names)}
-    var set = kit.el(parent, "fieldset"), boxes = [];
-    kit.el(set, "legend", {}, o.label);
+    var set = kit.el(parent, "fieldset"), boxes = [], legend = kit.el(set, "legend", {}, o.label);
     var row = kit.el(set, "div", {"class": "tll-checks"});
     o.options.forEach(function (name) {
       var label = kit.el(row, "label"), box = kit.el(label, "input", {type: "checkbox", value: name});
@@ -343,14 +342,13 @@ _KIT += """
   };
 """
 
-# %% ../nbs/labs/01_lora_lab.ipynb #1c5c5c8c
+# %% ../nbs/labs/01_lora_lab.ipynb #7dddb983
 _KIT += """
   kit.chart = function (parent, o) { // {title, x: [from, to], y: [from, to], xlabel, ticks, yticks, ytext, log}; returns set(lines, mark, title)
     var figure = kit.el(parent, "figure"), box = kit.el(figure, "div"), lines = [], mark = null, title = o.title;
     kit.el(figure, "figcaption", {}, o.title);
-    function draw() {
-      var w = box.clientWidth, h = 230, L = 46, R = 12, T = 8, B = 38, s = "", f = o.log ? Math.log2 : Number;
-      if (!w) return;
+    function draw() { // a hidden tab has no width: nothing to draw
+      var w = box.clientWidth, h = 230, L = 46, R = 12, T = 8, B = 38, s = "", f = o.log ? Math.log2 : Number; if (!w) return;
       function X(v) { return (L + (f(v) - f(o.x[0])) / (f(o.x[1]) - f(o.x[0])) * (w - L - R)).toFixed(1); }
       function Y(v) { return (T + (o.y[1] - v) / (o.y[1] - o.y[0]) * (h - T - B)).toFixed(1); }
       function text(x, y, anchor, t) { s += "<text x='" + x + "' y='" + y + "' text-anchor='" + anchor + "'>" + t + "</text>"; }
@@ -370,7 +368,7 @@ _KIT += """
   };
 """
 
-# %% ../nbs/labs/01_lora_lab.ipynb #8aeacd15
+# %% ../nbs/labs/01_lora_lab.ipynb #4370123c
 _KIT += """
   kit.unpack = function (p) { // as unpack_int8
     var text = atob(p.int8), out = new Float32Array(text.length);
@@ -381,6 +379,10 @@ _KIT += """
     var c = getComputedStyle(lab).getPropertyValue("--tll-" + name).trim();
     return [1, 3, 5].map(function (i) { return parseInt(c.slice(i, i + 2), 16); });
   }
+"""
+
+# %% ../nbs/labs/01_lora_lab.ipynb #f61cf3d6
+_KIT += """
   kit.heatmap = function (parent, caption) { // returns set({rows, cols, values}, limit)
     var figure = kit.el(parent, "figure"), canvas = kit.el(figure, "canvas", {role: "img", "aria-label": caption});
     kit.el(figure, "figcaption", {}, caption);
@@ -423,7 +425,7 @@ _KIT += """
 }
 """
 
-# %% ../nbs/labs/01_lora_lab.ipynb #ba7535d1
+# %% ../nbs/labs/01_lora_lab.ipynb #0b8720d5
 _KIT += """
 function start(lab, builders) {
   var kit = makeKit(lab), parts = JSON.parse(lab.querySelector("script").textContent), tabs = [], pages = [];
@@ -437,8 +439,7 @@ function start(lab, builders) {
   parts.forEach(function (part, i) {
     var id = kit.id(), tab = kit.el(bar, "button", {type: "button", role: "tab", id: id, "aria-controls": id + "p"}, part.title);
     tab.addEventListener("click", function () { select(i, false); });
-    tabs.push(tab);
-    pages.push(kit.el(lab, "div", {role: "tabpanel", id: id + "p", "aria-labelledby": id}));
+    tabs.push(tab); pages.push(kit.el(lab, "div", {role: "tabpanel", id: id + "p", "aria-labelledby": id}));
   });
   bar.addEventListener("keydown", function (e) {
     var i = tabs.indexOf(document.activeElement), n = tabs.length, to = {ArrowRight: i + 1, ArrowLeft: i - 1 + n, Home: 0, End: n - 1}[e.key];
