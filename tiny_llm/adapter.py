@@ -264,6 +264,7 @@ def _settings_of(names, config):
     return {n: (_setting(n, config["rank_pattern"], config["r"], until), _setting(n, config["alpha_pattern"], config["lora_alpha"], until),
                 config["lora_dropout"] or 0.0, config["use_rslora"]) for n in names}
 
+# %% ../nbs/05_load_merge.ipynb #253a76f5
 def _fit(model, adapter, path, base_print=None):
     "name -> arguments of `LoRALinear`, for the layers of an adapter. Raises `BadFileError` unless it fits exactly."
     config, shapes, note, _ = adapter
@@ -294,6 +295,7 @@ def _load(model, path, base_print=None):
     finally:
         for p, flag in flags: p.requires_grad_(flag) # wrapping freezes; until the layers are in place nothing has changed
 
+# %% ../nbs/05_load_merge.ipynb #cd654424
 def load_adapter(
     model: nn.Module, # the base, or one with LoRA layers of the same shape; changed in place
     path, # the adapter's folder, from here or from PEFT

@@ -212,8 +212,7 @@ def train_adapter(
         bar.set_postfix(progress(result), refresh=False)
         if callback: callback(step, result.losses[-1])
     load_adapter(result.model, result.out_dir).eval()
-    state.unlink(missing_ok=True)
-    for left in state.parent.glob(".*.tmp"): shutil.rmtree(left) if left.is_dir() else left.unlink() # of a kill while writing
+    for left in (state, *state.parent.glob(".*.tmp")): shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     return result
 
 # %% ../nbs/04_train.ipynb #633ef6bd

@@ -24,6 +24,7 @@ def _check_field(name, kind, value):
     if name == "dropout": low, high = 0.0, 0.999
     if not low <= value <= high: raise ValueError(f"{name}={value} is not between {low} and {high}")
 
+# %% ../nbs/base/01_gpt.ipynb #6154b52c
 @dataclass
 class GPTConfig:
     "Shape of a `GPT`. Defaults: the model that ships with the book."

@@ -232,6 +232,7 @@ _CSS = """
 # %% ../nbs/labs/02_making_the_lab.ipynb #6c0a93ee
 _CSS += """
 .tll-lab fieldset{border:0;margin:0;padding:0}
+.tll-lab :is(td,th){color:var(--tll-text)}
 .tll-lab .tll-checks{display:flex;flex-wrap:wrap;gap:0 16px}
 .tll-lab .tll-checks label{display:flex;align-items:center;gap:8px;min-height:44px;cursor:pointer}
 .tll-lab input[type=checkbox]{width:20px;height:20px;margin:0;accent-color:var(--tll-accent)}
@@ -403,7 +404,7 @@ _KIT += """
 _KIT += """
   function isDark() {
     var root = document.documentElement, body = document.body, e = lab.parentElement, c;
-    if (root.classList.contains("quarto-dark") || body.classList.contains("quarto-dark")) return true;
+    if (root.dataset.scheme === "alternate" || root.classList.contains("quarto-dark") || body.classList.contains("quarto-dark")) return true;
     if (body.classList.contains("quarto-light")) return false;
     if (body.hasAttribute("data-jp-theme-light")) return body.getAttribute("data-jp-theme-light") === "false";
     for (; e; e = e.parentElement) {
@@ -414,7 +415,7 @@ _KIT += """
   }
   kit.watch = function () {
     function look() { lab.setAttribute("data-theme", isDark() ? "dark" : "light"); kit.repaint(); }
-    var watcher = new MutationObserver(look), filter = {attributes: true, attributeFilter: ["class", "data-jp-theme-light"]};
+    var watcher = new MutationObserver(look), filter = {attributes: true, attributeFilter: ["class", "data-scheme", "data-jp-theme-light"]};
     watcher.observe(document.documentElement, filter);
     watcher.observe(document.body, filter);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", look);

@@ -267,6 +267,7 @@ def read_state(
             raise BadFileError(f"{path} is not a state that a run wrote, or was damaged since; delete it to start again")
     return torch.load(io.BytesIO(blob), map_location="cpu", weights_only=True)
 
+# %% ../nbs/base/04_pretrain.ipynb #32d6892d
 def save_state(
     path: Path,          # where to write
     model: GPT,          # the model
