@@ -46,7 +46,7 @@ def stale():
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args): pass
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def host():
     "The address where the built site is served."
     if stale():
@@ -57,8 +57,8 @@ def host():
     yield f'http://127.0.0.1:{server.server_port}/'
     server.shutdown()
 
-@pytest.fixture(scope='session')
-def session_tab(host):
+@pytest.fixture(scope='module')
+def shared_tab(host):
     "One browser page for all tests, with `faults`: console errors, failed requests, requests to another host."
     with playwright.sync_playwright() as p, p.chromium.launch(executable_path=BROWSER, args=FLAGS.split()) as browser:
         tab = browser.new_context(permissions=['clipboard-read', 'clipboard-write']).new_page()
@@ -71,11 +71,11 @@ def session_tab(host):
         yield tab
 
 @pytest.fixture
-def tab(session_tab):
+def tab(shared_tab):
     "The page, with a clean record, as wide as a laptop, in the light."
-    session_tab.faults.clear()
-    look(session_tab, 1280, 'light')
-    return session_tab
+    shared_tab.faults.clear()
+    look(shared_tab, 1280, 'light')
+    return shared_tab
 
 def look(tab, width, scheme):
     "Set the width of the window and the scheme that the reader prefers."
