@@ -8,12 +8,13 @@ __all__ = ['PREFIX', 'CONFIG', 'WEIGHTS', 'FIELDS', 'NOTE', 'AGREE', 'UNSUPPORTE
            'swap_adapter', 'merged_linear', 'merge_lora', 'unmerge_lora', 'merged_state_dict']
 
 # %% ../nbs/05_load_merge.ipynb #9fbe2546
-import copy, hashlib, json, re, time, warnings
+import copy, json, re, time, warnings
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 import torch, torch.nn as nn
 from safetensors import SafetensorError, safe_open
+from .data import _sha256
 from .files import BadFileError, atomic_folder, committed, read_json
 from .gpt import GPT, check_tensors, fingerprint, load_checkpoint, write_tensors
 from .generate import BASE
@@ -96,12 +97,6 @@ def adapter_config(
 NOTE = "tiny_llm.json" # ours; PEFT does not look at it
 AGREE = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "exclude_modules", "layers_to_transform",
          "layers_pattern") # the fields that decide the numbers, in the note and in the configuration
-
-def _sha256(path):
-    h = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 20): h.update(chunk)
-    return h.hexdigest()
 
 def _write_adapter(path, config, tensors, base_print):
     "Write the three files of an adapter, all or none. Raises `ValueError` if a number is not finite, `OSError` if the disk is full."
