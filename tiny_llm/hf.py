@@ -14,7 +14,7 @@ from safetensors import safe_open
 from .files import BadFileError, atomic_folder, committed
 from .gpt import GPT, GPTConfig, check_tensors, digest, write_tensors
 from .tokenize import EOT, PAD, BPETokenizer
-from .lora import LoRALinear, _install, _linear_names, _refuse, _wrap, linear_shape, lora_modules
+from .lora import _install, _linear_names, _refuse, _wrap, linear_shape, lora_modules
 from .adapter import (PREFIX, _filled, _fit, _one_error, _open_adapter, _rank_and_alpha, _read_object, _read_tensors, _refuse_merged,
                               _target_names, _write_adapter, adapter_config, disable_lora)
 
