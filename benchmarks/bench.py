@@ -176,7 +176,7 @@ def profile(task, n=4):
     for e in p.key_averages():
         part = next((k for k, names in PARTS.items() if any(n in e.key for n in names)), "everything else")
         spent[part] += e.self_cpu_time_total
-    return [dict(kind="profile", task=task, part=k, percent=100 * v / sum(spent.values())) for k, v in spent.items()]
+    return [dict(kind="profile", task=task, operations=k, percent=100 * v / sum(spent.values())) for k, v in spent.items()]
 
 # -- how cost grows ------------------------------------------------------------------------------------------
 

@@ -108,7 +108,7 @@ def product(
     if W is None or adapted and layer.dropout.p: return layer(x)
     return AdaptedProduct.apply(x, W, layer.A, layer.B, layer.scaling) if adapted else F.linear(x.to(W.dtype), W)
 
-# %% ../nbs/further/07_speed.ipynb #4baac3b5
+# %% ../nbs/further/07_speed.ipynb #d220a755
 def norm(m, x): # x (N, C) -> (N, C)
     "An RMSNorm, frozen or trained."
     return m(x) if m.weight.requires_grad else FrozenRMSNorm.apply(x, m.weight, m.eps)
@@ -118,6 +118,7 @@ def attend(m, x, model, shape, weights): # x (N, C) with N = B T -> (N, C), befo
     q, k, v = product(m.qkv, x, weights).view(*shape, 3, m.n_heads, -1).permute(2, 0, 3, 1, 4) # each (B, nh, T, hs)
     cos, sin = model.cos[:shape[1]], model.sin[:shape[1]]
     q, k = (apply_rope(t, cos, sin).to(v.dtype) for t in (q, k))
+    v = v.contiguous() # a view would keep all of q, k and v until backward
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(len(x), -1)
 
 def fast_block(block, x, model, shape, weights, keep=None): # x (N, C) -> (N, C), or (n, C) with `keep` (n,) long
