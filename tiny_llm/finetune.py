@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from .adapter import disable_lora, load_adapter, save_adapter
 from .data import bundled_stories
 from .files import BadFileError, log_runs
+from .fast import FastLoss
 from .generate import BASE, generate, load_base
 from .gpt import GPT, fingerprint, read_checkpoint
 from .instruct import *
@@ -134,11 +135,12 @@ def timed_step(
     opt, # over A and B
     stream: endless, # gives the batch
     lr: float, # learning rate of this step
+    loss_of=None, # see `train_step`
 ):
     "One training step. Raises `FloatingPointError`, with step and batch, if loss or gradient is not finite."
     x, y = next(stream)
     at, start = next(result.model.parameters()).device, time.perf_counter()
-    try: result.losses.append(train_step(result.model.train(), [opt], x.to(at), y.to(at), lr))
+    try: result.losses.append(train_step(result.model.train(), [opt], x.to(at), y.to(at), lr, loss_of=loss_of))
     except FloatingPointError as e: raise FloatingPointError(f"stopped at step {len(result.losses) + 1}, {stream.place()}: {e}. "
         f"Its examples: {examples_of(x, result.tok)}. A lower learning rate may help") from None
     result.train_seconds += time.perf_counter() - start
@@ -199,15 +201,15 @@ def train_adapter(
     eval_every: int=25, # steps between validations, and between saved states
     callback=None, # called as callback(step, loss) after each step
     run: dict=None, # from `describe_finetune`; None: no state is kept, a killed run is lost
+    fast: bool=True, # `FastLoss`, made for right-padded batches; False: the plain step
 ) -> FinetuneResult: # the same object, the best adapter on its model
     "Train A and B with AdamW, or go on where the folder was left. Raises `FloatingPointError`, with step and batch."
     if min(max_steps, eval_every) < 1: raise ValueError(f"max_steps={max_steps} and eval_every={eval_every} must be at least 1")
     opt, state = torch.optim.AdamW(lora_parameters(result.model), lr=lr, weight_decay=0.0), Path(result.out_dir)/"state.pt"
-    if run and state.exists(): load_finetune_state(state, result, opt, run)
-    else: keep_best(result, valid, 0)
-    stream.step, start = len(result.losses), time.perf_counter() - result.seconds
+    load_finetune_state(state, result, opt, run) if run and state.exists() else keep_best(result, valid, 0)
+    stream.step, start, loss_of = len(result.losses), time.perf_counter() - result.seconds, FastLoss(result.model) if fast else None
     for step in (bar := tqdm(range(stream.step + 1, max_steps + 1), initial=stream.step, total=max_steps, unit="step")):
-        timed_step(result, opt, stream, lr * lr_scale(step - 1, max_steps))
+        timed_step(result, opt, stream, lr * lr_scale(step - 1, max_steps), loss_of)
         if step % eval_every == 0 or step == max_steps: checkpoint_adapter(result, opt, valid, step, start, state, run)
         bar.set_postfix(progress(result), refresh=False)
         if callback: callback(step, result.losses[-1])
@@ -267,15 +269,15 @@ def finetune(base_ckpt, # a checkpoint; None: the shipped base
     seed: int=0, # of A and of the order of examples
     callback=None, # called as callback(step, loss) after each step
     eval_every: int=25, # steps between validations, and between saved states
+    fast: bool=True, # the same loss in less time and memory, chapter "Speed"; False: the plain step
     resume: bool=True, # False: throw away what a killed run left in the folder
 ) -> FinetuneResult: # the best adapter is on its model, and in `out_dir`
     "Fine-tune A and B, keep the adapter with the lowest validation loss (arXiv 2106.09685, section 4.2)."
     model, tok = with_new_adapters(base_ckpt, r, alpha, targets, seed)
     train, valid = (encode_examples(e, tok, seq_len, mask_prompt) if e else [] for e in (train_examples, valid_examples))
-    run = describe_finetune(model, [train, valid], lr=lr, max_steps=max_steps, batch_size=batch_size, seq_len=seq_len,
-                            mask_prompt=mask_prompt, seed=seed, eval_every=eval_every)
+    run = describe_finetune(model, [train, valid], lr=lr, max_steps=max_steps, batch_size=batch_size, seq_len=seq_len, mask_prompt=mask_prompt, seed=seed, eval_every=eval_every, fast=fast)
     return train_adapter(FinetuneResult(model, tok, _folder(out_dir, resume)), endless(train, batch_size, tok.pad, seed),
-                         encoded_batches(valid, batch_size, tok.pad), lr, max_steps, eval_every, callback, run)
+                         encoded_batches(valid, batch_size, tok.pad), lr, max_steps, eval_every, callback, run, fast)
 
 # %% ../nbs/04_train.ipynb #2136fff6
 def side_by_side(

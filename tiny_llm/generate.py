@@ -85,15 +85,16 @@ def generate_ids(
 ) -> torch.Tensor: # new tokens, (B, at most max_new_tokens) long
     "Sample until every row has ended; a row that has ended repeats `eot`."
     cache, new, done = new_cache(model) if use_cache else None, [], torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    padded = not mask.all()                                          # without padding the model needs no mask
     last = mask.long().cumsum(-1).argmax(-1)                         # (B,) place of each prompt's last real token
-    logits = model(ids, mask, cache)[torch.arange(len(ids)), last]   # (B, V)
+    logits = model(ids, mask if padded else None, cache)[torch.arange(len(ids)), last]   # (B, V)
     for _ in range(min(max_new_tokens, model.config.max_seq_len - ids.shape[1])):
         token = sample(logits, **how).masked_fill(done, eot)
         new.append(token)
         done = done | (token == eot)
         if done.all() or ids.shape[1] + 1 > model.config.max_seq_len: break
         ids, mask = torch.cat([ids, token[:, None]], 1), torch.cat([mask, mask.new_ones(len(ids), 1)], 1)
-        logits = model(token[:, None] if use_cache else ids, mask, cache)[:, -1]
+        logits = model(token[:, None] if use_cache else ids, mask if padded else None, cache)[:, -1]
     return torch.stack(new, 1) if new else ids[:, :0]
 
 # %% ../nbs/base/05_generate.ipynb #5ecb4673

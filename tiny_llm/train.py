@@ -149,9 +149,11 @@ def train_step(
     y: torch.Tensor,    # (B, T) next tokens, -100 where there is none
     lr: float,          # learning rate of this step
     clip: float = 1.0,  # highest gradient norm
+    loss_of=None,       # callable (x, y) -> mean loss; None: the model's logits, in `autocast`
 ) -> float:             # mean loss before the step, nats per token
     "Forward, backward, clip, step. Raises FloatingPointError if loss or gradient is not finite."
-    with autocast(x.device): loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-100)
+    with autocast(x.device) if loss_of is None else contextlib.nullcontext():
+        loss = loss_of(x, y) if loss_of else F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-100)
     loss.backward()
     params = [p for o in opts for g in o.param_groups for p in g["params"]]
     norm = torch.nn.utils.clip_grad_norm_(params, clip)
