@@ -201,13 +201,13 @@ def train_adapter(
     eval_every: int=25, # steps between validations, and between saved states
     callback=None, # called as callback(step, loss) after each step
     run: dict=None, # from `describe_finetune`; None: no state is kept, a killed run is lost
-    fast: bool=True, # `FastLoss`, made for right-padded batches; False: the plain step
+    loss_of=None, # see `train_step`
 ) -> FinetuneResult: # the same object, the best adapter on its model
     "Train A and B with AdamW, or go on where the folder was left. Raises `FloatingPointError`, with step and batch."
     if min(max_steps, eval_every) < 1: raise ValueError(f"max_steps={max_steps} and eval_every={eval_every} must be at least 1")
     opt, state = torch.optim.AdamW(lora_parameters(result.model), lr=lr, weight_decay=0.0), Path(result.out_dir)/"state.pt"
     load_finetune_state(state, result, opt, run) if run and state.exists() else keep_best(result, valid, 0)
-    stream.step, start, loss_of = len(result.losses), time.perf_counter() - result.seconds, FastLoss(result.model) if fast else None
+    stream.step, start = len(result.losses), time.perf_counter() - result.seconds
     for step in (bar := tqdm(range(stream.step + 1, max_steps + 1), initial=stream.step, total=max_steps, unit="step")):
         timed_step(result, opt, stream, lr * lr_scale(step - 1, max_steps), loss_of)
         if step % eval_every == 0 or step == max_steps: checkpoint_adapter(result, opt, valid, step, start, state, run)
@@ -277,7 +277,7 @@ def finetune(base_ckpt, # a checkpoint; None: the shipped base
     train, valid = (encode_examples(e, tok, seq_len, mask_prompt) if e else [] for e in (train_examples, valid_examples))
     run = describe_finetune(model, [train, valid], lr=lr, max_steps=max_steps, batch_size=batch_size, seq_len=seq_len, mask_prompt=mask_prompt, seed=seed, eval_every=eval_every, fast=fast)
     return train_adapter(FinetuneResult(model, tok, _folder(out_dir, resume)), endless(train, batch_size, tok.pad, seed),
-                         encoded_batches(valid, batch_size, tok.pad), lr, max_steps, eval_every, callback, run, fast)
+                         encoded_batches(valid, batch_size, tok.pad), lr, max_steps, eval_every, callback, run, FastLoss(model) if fast else None)
 
 # %% ../nbs/04_train.ipynb #2136fff6
 def side_by_side(

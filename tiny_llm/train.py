@@ -152,8 +152,9 @@ def train_step(
     loss_of=None,       # callable (x, y) -> mean loss; None: the model's logits, in `autocast`
 ) -> float:             # mean loss before the step, nats per token
     "Forward, backward, clip, step. Raises FloatingPointError if loss or gradient is not finite."
-    with autocast(x.device) if loss_of is None else contextlib.nullcontext():
-        loss = loss_of(x, y) if loss_of else F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-100)
+    if loss_of: loss = loss_of(x, y)
+    else:
+        with autocast(x.device): loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-100)
     loss.backward()
     params = [p for o in opts for g in o.param_groups for p in g["params"]]
     norm = torch.nn.utils.clip_grad_norm_(params, clip)
