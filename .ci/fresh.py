@@ -20,7 +20,7 @@ from nbclient.exceptions import CellExecutionError
 ROOT = Path(__file__).resolve().parents[1]
 FIGURE, WIDGET = 'application/vnd.tiny-llm.figure+json', 'application/vnd.jupyter.widget-view+json'
 RELATIVE, ABSOLUTE, DRAWN = 0.01, 1e-6, 0.02
-NUMBER = re.compile(r'(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.]*\w)', re.I)
+NUMBER = re.compile(r'(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.]*\w)', re.I)
 NOISE = [(re.compile(r'\b0x[0-9a-f]{6,}\b'), '0x…'),                           # where an object lies in memory
          (re.compile(r'[A-Za-z0-9+/]{200,}={0,2}'), 'base64…'),                 # packed bytes in a page
          (re.compile(r'[ \t]+'), ' ')]                                          # columns are as wide as their numbers
@@ -165,7 +165,8 @@ def figure_change(old, new):
     for n, (a, b) in enumerate(zip(old, new)):
         for k in ('words', 'limits', 'marks'):
             if same_figure({**a, k: b[k]}, a): continue
-            pairs = [(p, q) for p, q in zip_longest(a[k], b[k]) if k == 'limits' or p is None or q is None or not same_figure(p, q)]
+            if k == 'limits': return f'the limits of part {n + 1} of a figure: saved {a[k]}, now {b[k]}'
+            pairs = [(p, q) for p, q in zip_longest(a[k], b[k]) if p is None or q is None or not same_figure(p, q)]
             return f'the {k} of part {n + 1} of a figure: saved {str(pairs[0][0])[:200]}, now {str(pairs[0][1])[:200]}'
 
 def parts(output):
