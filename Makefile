@@ -3,7 +3,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: finetune test book docs export record bench
+.PHONY: finetune test book docs export record bench refresh
 .DEFAULT_GOAL := finetune
 
 finetune: $(READY)  ## fine-tune the bundled base on the bundled stories
@@ -29,6 +29,9 @@ export: $(READY)  ## notebooks -> package, reference pages, README and tidy note
 	$(BIN)/python .ci/reference.py
 	$(BIN)/nbdev_clean
 	$(BIN)/python .ci/readme.py
+
+refresh: $(READY)  ## execute every notebook in Jupyter and save what comes out
+	$(BIN)/python .ci/fresh.py --save
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
