@@ -3,7 +3,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: finetune test book docs export record
+.PHONY: finetune test book docs export record mutants mutate
 .DEFAULT_GOAL := finetune
 
 finetune: $(READY)  ## fine-tune the bundled base on the bundled stories
@@ -20,6 +20,9 @@ docs: $(READY)  ## build the site: Quarto where it is installed, the stand-in el
 
 record: $(READY)  ## conformance, faults and fuzz: write what the tests measure to the record that the book prints
 	$(BIN)/python -m pytest tests/conformance tests/test_faults.py tests/test_fuzz.py --record
+
+mutants: $(READY)  ## break each idea of the book in one place; its chapter must notice
+	$(BIN)/python -m pytest -q tests/mutants
 
 export: $(READY)  ## notebooks -> package, reference pages, README and tidy notebooks
 	$(BIN)/nbdev_export
