@@ -24,6 +24,9 @@ record: $(READY)  ## conformance, faults and fuzz: write what the tests measure 
 mutants: $(READY)  ## break each idea of the book in one place; its chapter must notice
 	$(BIN)/python -m pytest -q tests/mutants
 
+mutate: $(READY)  ## change four modules in many small ways; list what no test notices (an hour; goes on where it stopped)
+	$(BIN)/python tests/mutants/mutate.py
+
 export: $(READY)  ## notebooks -> package, reference pages, README and tidy notebooks
 	$(BIN)/nbdev_export
 	$(BIN)/python .ci/reference.py
