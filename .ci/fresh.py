@@ -3,7 +3,7 @@
 Each notebook runs from top to bottom in Jupyter: a fresh kernel, in the notebook's own folder. What comes out is
 compared with what is saved: text and tables word by word, numbers within the tolerances below, figures by what is drawn
 in them, not by pixels. For that the kernel adds to each Matplotlib figure an output of type `FIGURE`, which browsers,
-Quarto and nbdev pass over. Not compared: cells with `#| eval: false`, which do not run, and cells with `#| volatile …`
+Quarto and nbdev pass over. Not compared: cells with `#| eval: false`, which do not run, and cells with `#| volatile: …`
 (the reason follows: `timing`, `sampling`), which must still run.
 
 Tolerances, as another processor adds in another order: a number with a decimal point may differ by `RELATIVE`, or by one

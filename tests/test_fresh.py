@@ -12,7 +12,7 @@ CELLS = ['print("loss 3.468 after 34 steps")', '{"first": 0.12345678, "second": 
          'from IPython.display import Markdown\nMarkdown("| run | loss |\\n|---|---|\\n| a | 3.97 |\\n| b | 11% |")',
          'import matplotlib.pyplot as plt\nfig, ax = plt.subplots()\nax.plot([1, 2, 4], label="line"); ax.bar([0, 1], [1, 2]); ax.scatter([0, 2], [1, 3])\n'
          'ax.imshow([[0, 1], [2, 3]]); ax.text(0, 0, "here"); ax.set(title="Title", xlabel="steps"); ax.legend();',
-         '#| volatile timing\nimport time\ntime.time()', '#| eval: false\nraise SystemExit', 'object()']
+         '#| volatile: timing\nimport time\ntime.time()', '#| eval: false\nraise SystemExit', 'object()']
 
 def book(path, *sources):
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources]), path)
@@ -72,7 +72,7 @@ def test_a_volatile_cell_is_not_compared_but_must_run(saved, tmp_path):
     nb = copy.deepcopy(saved[0])
     nb.cells[4].outputs = []
     assert fresh.stale(nb, saved[0]) == [] and nb.cells[4] not in fresh.compared(nb)
-    path = book(tmp_path/'bad.ipynb', '1', '#| volatile timing\n1 / 0')
+    path = book(tmp_path/'bad.ipynb', '1', '#| volatile: timing\n1 / 0')
     told = fresh.check(path)
     assert len(told) == 1 and told[0].startswith('cell 1 (') and 'ZeroDivisionError' in told[0]
 

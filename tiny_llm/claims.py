@@ -68,7 +68,7 @@ def _every_weight(lr, seed):
     updates = {n: weight(model, n) - weight(base, n) for n in match_targets(base, LAYERS)}
     return example_loss(model, encoded_batches(valid, 8, tok.pad)), updates
 
-# %% ../nbs/further/08_claims.ipynb #0b6582cb
+# %% ../nbs/further/08_claims.ipynb #fe8eb48e
 @functools.cache
 def short_run(
     r: int, # rank; 0: every weight of the model is trained instead
@@ -82,7 +82,7 @@ def short_run(
         run = finetune(None, *lab_examples(), d, r, alpha, lr, STEPS, BATCH, LENGTH, LAYERS, seed=seed, eval_every=STEPS)
     return run.valid_losses[-1][1], {n: m.delta_weight().detach().cpu() for n, m in lora_modules(run.model).items()}
 
-# %% ../nbs/further/08_claims.ipynb #ceb5502b
+# %% ../nbs/further/08_claims.ipynb #2491afc2
 RATES = {False: 1e-3, True: 1e-2} # of full fine-tuning, of LoRA: the best of those in the log
 PAIRS = {"rank 8 and 64, one seed": (8, 64, 0), "rank 8 and 64, two seeds": (8, 64, 1), "rank 8, two seeds": (8, 8, 1), "rank 64, two seeds": (64, 64, 1),
          "full, two seeds": (0, 0, 1), "rank 8 and full, one seed": (8, 0, 0)} # ranks, and how far apart the seeds are
@@ -97,7 +97,7 @@ def _grid(seed):
 SETTINGS = [s for seed in range(3) for s in _grid(seed)]
 SETTINGS += [dict(kind="overlap", pair=pair, seed=seed) for seed in range(3) for pair in PAIRS]
 
-# %% ../nbs/further/08_claims.ipynb #6dab359d
+# %% ../nbs/further/08_claims.ipynb #b6f52512
 def claims_run(
     kind: str, # "loss" or "overlap"
     seed: int, # of the run, or of the first run of a pair; 0 to 2
@@ -115,7 +115,7 @@ def claims_run(
     phi = lambda k: sum(subspace_overlap(P[:, :k], Q[:, :k]) for P, Q in read) / len(read)
     return dict(overlap=[round(phi(k), 4) for k in TOPS[:4]])
 
-# %% ../nbs/further/08_claims.ipynb #5be882a7
+# %% ../nbs/further/08_claims.ipynb #35447e9d
 def main(
     argv: list=None, # command line; None: the real one
 ) -> list: # the lines of the log
@@ -127,6 +127,6 @@ def main(
     args = p.parse_args(argv)
     return log_runs(args.out, [s for s in SETTINGS if s["seed"] in args.seeds], claims_run)
 
-# %% ../nbs/further/08_claims.ipynb #7f1ec07d
+# %% ../nbs/further/08_claims.ipynb #ad13852c
 #| eval: false
 if __name__ == "__main__" and "__file__" in globals(): main() # not when run as a notebook
