@@ -3,7 +3,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: finetune test book docs export record bench
+.PHONY: finetune test book docs export record bench refresh mutants mutate
 .DEFAULT_GOAL := finetune
 
 finetune: $(READY)  ## fine-tune the bundled base on the bundled stories
@@ -24,11 +24,20 @@ record: $(READY)  ## conformance, faults and fuzz: write what the tests measure 
 bench: $(READY)  ## time fine-tuning against PEFT and the floor (20 minutes, nothing else running), for the chapter on speed
 	$(BIN)/python benchmarks/bench.py
 
+mutants: $(READY)  ## break each idea of the book in one place; its chapter must notice
+	$(BIN)/python -m pytest -q tests/mutants
+
+mutate: $(READY)  ## change four modules in many small ways; list what no test notices (an hour; goes on where it stopped)
+	$(BIN)/python tests/mutants/mutate.py
+
 export: $(READY)  ## notebooks -> package, reference pages, README and tidy notebooks
 	$(BIN)/nbdev_export
 	$(BIN)/python .ci/reference.py
 	$(BIN)/nbdev_clean
 	$(BIN)/python .ci/readme.py
+
+refresh: $(READY)  ## execute every notebook in Jupyter and save what comes out
+	$(BIN)/python .ci/fresh.py --save
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

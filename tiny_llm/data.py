@@ -104,7 +104,7 @@ def _sha256(path: Path) -> str:  # 64 hex digits
 
 # %% ../nbs/base/03_corpus.ipynb #41dbadc7
 def download(
-    url: str,
+    url: str,            # where from
     path,                # where to; `<path>.part` until it is whole
     sha256: str = None,  # 64 hex digits; None: record the one computed in `<path>.sha256`
 ) -> Path:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GPTConfig', 'rope_tables', 'apply_rope', 'KVCache', 'new_cache', 'Attention', 'MLP', 'Block', 'positions_and_mask',
-           'GPT', 'checkpoint_tensors', 'write_tensors', 'save_checkpoint', 'read_checkpoint', 'check_tensors',
-           'load_checkpoint', 'digest', 'fingerprint']
+           'GPT', 'write_tensors', 'save_checkpoint', 'read_checkpoint', 'check_tensors', 'load_checkpoint', 'digest',
+           'fingerprint']
 
 # %% ../nbs/base/01_gpt.ipynb #382a9d3a
 import hashlib, json
@@ -95,7 +95,7 @@ def new_cache(
 # %% ../nbs/base/01_gpt.ipynb #61f27258
 class Attention(nn.Module):
     "Causal multi-head self-attention (Vaswani et al. 2017, arXiv 1706.03762, section 3.2) with RoPE."
-    def __init__(self, cfg: GPTConfig):
+    def __init__(self, cfg: GPTConfig): # widths and counts
         super().__init__()
         self.n_heads = cfg.n_heads
         self.qkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=False)
@@ -113,7 +113,7 @@ class Attention(nn.Module):
 # %% ../nbs/base/01_gpt.ipynb #0cdc1804
 class MLP(nn.Module):
     "SwiGLU: `down(silu(gate(x)) * up(x))` (arXiv 2002.05202, equation 6)."
-    def __init__(self, cfg: GPTConfig):
+    def __init__(self, cfg: GPTConfig): # widths and counts
         super().__init__()
         self.gate = nn.Linear(cfg.d_model, cfg.d_mlp, bias=False)
         self.up   = nn.Linear(cfg.d_model, cfg.d_mlp, bias=False)
@@ -124,7 +124,7 @@ class MLP(nn.Module):
 # %% ../nbs/base/01_gpt.ipynb #07b1bcc8
 class Block(nn.Module):
     "One pre-norm transformer block: `x + attn(norm1(x))`, then `x + mlp(norm2(x))`."
-    def __init__(self, cfg: GPTConfig):
+    def __init__(self, cfg: GPTConfig): # widths and counts
         super().__init__()
         self.norm1 = nn.RMSNorm(cfg.d_model, eps=cfg.norm_eps)
         self.attn  = Attention(cfg)
@@ -159,7 +159,7 @@ def _rotary_and_mask(model, T, past, mask):
 # %% ../nbs/base/01_gpt.ipynb #4850802d
 class GPT(nn.Module):
     "A decoder-only language model with Llama's architecture (arXiv 2302.13971, section 2.2)."
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig): # widths, counts and vocabulary
         super().__init__()
         self.config  = config
         self.tok_emb = nn.Embedding(config.vocab_size, config.d_model)
@@ -183,7 +183,7 @@ class GPT(nn.Module):
         return self.lm_head(self.norm_f(x))                                                     # (B, T, C) x (C, V) -> (B, T, V)
 
 # %% ../nbs/base/01_gpt.ipynb #ba372ddb
-def checkpoint_tensors(
+def _checkpoint_tensors(
     model: GPT, # the model to store
     dtype: torch.dtype=None, # type on disk; None keeps each tensor's own
 ) -> dict: # parameter name -> tensor
@@ -210,7 +210,7 @@ def save_checkpoint(
 ):
     "Write `model` and its configuration to one `.safetensors` file."
     header = {"format": "pt", "gpt_config": json.dumps(asdict(model.config)), **info}
-    with atomic_path(path) as tmp: write_tensors(tmp, checkpoint_tensors(model, dtype), **header)
+    with atomic_path(path) as tmp: write_tensors(tmp, _checkpoint_tensors(model, dtype), **header)
 
 # %% ../nbs/base/01_gpt.ipynb #c6aa743b
 def _read_safetensors(path):

@@ -6,8 +6,8 @@
 __all__ = ['OPTIMIZERS', 'HELP', 'default_device', 'has_bf16', 'autocast', 'param_groups', 'orthogonalize', 'Muon',
            'PretrainConfig', 'lr_at', 'make_optimizers', 'train_step', 'total_nats', 'story_loss', 'batch_stream',
            'Progress', 'describe_run', 'random_state', 'set_random_state', 'write_state', 'read_state', 'save_state',
-           'load_state', 'write_log', 'read_log', 'checkpoint', 'load_prepared', 'compiled', 'train_until', 'pretrain',
-           'score_windows', 'window_batches', 'perplexity', 'make_parser', 'main']
+           'load_state', 'write_log', 'read_log', 'load_prepared', 'compiled', 'pretrain', 'score_windows',
+           'window_batches', 'perplexity', 'make_parser', 'main']
 
 # %% ../nbs/base/04_pretrain.ipynb #14cecb8e
 import argparse, contextlib, hashlib, io, math, time
@@ -152,8 +152,9 @@ def train_step(
     loss_of=None,       # callable (x, y) -> mean loss; None: the model's logits, in `autocast`
 ) -> float:             # mean loss before the step, nats per token
     "Forward, backward, clip, step. Raises FloatingPointError if loss or gradient is not finite."
-    with autocast(x.device) if loss_of is None else contextlib.nullcontext():
-        loss = loss_of(x, y) if loss_of else F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-100)
+    if loss_of: loss = loss_of(x, y)
+    else:
+        with autocast(x.device): loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-100)
     loss.backward()
     params = [p for o in opts for g in o.param_groups for p in g["params"]]
     norm = torch.nn.utils.clip_grad_norm_(params, clip)
@@ -315,7 +316,7 @@ def read_log(
     return header, log
 
 # %% ../nbs/base/04_pretrain.ipynb #f87117e0
-def checkpoint(
+def _checkpoint(
     out: Path,           # folder of the run
     model: GPT,          # the model
     opts: list,          # its optimizers
@@ -357,7 +358,7 @@ def compiled(
     return torch.compile(model, dynamic=True)
 
 # %% ../nbs/base/04_pretrain.ipynb #e18a7ca9
-def train_until(
+def _train_until(
     last: int,           # stop after this step
     net,                 # the model, or its compiled form
     opts: list,          # its optimizers
@@ -400,9 +401,9 @@ def pretrain(
     opts = make_optimizers(model, s)
     p = load_state(out / "state.pt", model, opts, run) if (out / "state.pt").exists() else Progress()
     net = compiled(model) if s.compile else model
-    on_eval = lambda: checkpoint(out, model, opts, p, s, run, valid)
+    on_eval = lambda: _checkpoint(out, model, opts, p, s, run, valid)
     stream = batch_stream(train, s, p.epoch, p.index)
-    train_until(min(stop_at or s.steps, s.steps), net, opts, stream, p, s, device, on_eval, show)
+    _train_until(min(stop_at or s.steps, s.steps), net, opts, stream, p, s, device, on_eval, show)
     return p.log
 
 # %% ../nbs/base/04_pretrain.ipynb #ae2a1224
