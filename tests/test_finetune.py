@@ -326,6 +326,6 @@ def test_a_run_of_the_sweep_is_the_main_job_scored_on_answers(tiny, monkeypatch)
     assert made == [dict(lr=1e-3, mask_prompt=False, seed=1, seq_len=OPTIONS["seq_len"][0], examples=(204, 60))]
     assert row.keys() == {"answer_loss", "seconds"} and 1 < row["answer_loss"] < 20
 
-def test_as_a_module():
-    said = subprocess.run([sys.executable, "-m", "tiny_llm.finetune", "--help"], capture_output=True, text=True, timeout=100)
+def test_as_a_module(tmp_path):
+    said = subprocess.run([sys.executable, "-m", "tiny_llm.finetune", "--help"], capture_output=True, text=True, timeout=100, cwd=tmp_path)
     assert said.returncode == 0 and "--max-steps" in said.stdout
