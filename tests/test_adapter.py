@@ -466,3 +466,17 @@ def test_read_adapter(tmp_path):
     config, tensors, note = read_adapter(tmp_path)
     assert config == adapter_config(model) and note["base_fingerprint"] == fingerprint(model)
     assert all(torch.equal(tensors[f"{n}.{ab}"], getattr(m, ab)) for n, m in lora_modules(model).items() for ab in "AB")
+
+def test_a_target_that_fits_nothing_is_told_and_others_are_not(tmp_path, recwarn):
+    save_adapter(trained(), tmp_path/"a")
+    load_adapter(small(), tmp_path/"a")
+    assert not recwarn.list
+    config = json.loads((tmp_path/"a"/CONFIG).read_text())
+    (tmp_path/"a"/CONFIG).write_text(json.dumps({**config, "target_modules": [*config["target_modules"], "nowhere"]}))
+    (tmp_path/"a"/NOTE).unlink()
+    with pytest.warns(UserWarning, match="nowhere.* fit no layer"): load_adapter(small(), tmp_path/"a")
+
+def test_a_folder_in_place_of_the_note(tmp_path):
+    save_adapter(trained(), tmp_path/"a")
+    (tmp_path/"a"/NOTE).unlink(), (tmp_path/"a"/NOTE).mkdir()
+    with pytest.raises(ValueError, match="is no plain file"): read_adapter(tmp_path/"a")

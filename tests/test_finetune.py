@@ -283,3 +283,49 @@ def test_help_says_something_about_every_option(capsys):
 def test_a_complete_sweep_is_left_as_it_is(tmp_path):
     shutil.copy(ASSETS/"lr_log.jsonl", log := tmp_path/"log.jsonl")
     assert main(["--sweep", str(log)]) == read_jsonl(log) == read_jsonl(ASSETS/"lr_log.jsonl")
+
+def test_what_is_shown_while_it_runs():
+    told = ft.progress(ft.FinetuneResult(losses=[2.0, 1.5], valid_losses=[(0, 3.0), (2, 2.25)], tokens=3000, train_seconds=2.0))
+    assert told == dict(loss="1.500", valid="2.250", tok_s="1,500")
+    assert ft.progress(ft.FinetuneResult(losses=[1.0])) == dict(loss="1.000", tok_s="0")
+
+@pytest.mark.parametrize("steps, scales", [(40, {0: 0.1, 4: 0.5, 8: 0.8, 20: 0.5, 39: 0.025}), (4, {0: 0.25, 1: 0.5, 2: 0.5, 3: 0.25})])
+def test_the_rate_rises_and_falls(steps, scales): assert {s: ft.lr_scale(s, steps) for s in scales} == pytest.approx(scales)
+
+def test_plot_draws_where_it_is_told_to():
+    import matplotlib.pyplot as plt
+    done = ft.FinetuneResult(losses=[3.0, 2.0], valid_losses=[(0, 4.0), (2, 2.5)])
+    mine = plt.subplots()[1]
+    assert done.plot(mine) is mine and done.plot() is not mine
+    assert [line.get_xydata().tolist() for line in mine.lines] == [[[1, 3], [2, 2]], [[0, 4], [2, 2.5]]]
+    plt.close("all")
+
+@pytest.mark.parametrize("n, held_out", [(9, 0), (10, 1), (11, 2), (21, 3)])
+def test_every_tenth_of_ones_own_examples_is_held_out(tmp_path, n, held_out):
+    (path := tmp_path/"own.jsonl").write_text("\n".join(f'{{"instruction": "Say {i}.", "output": "{i}"}}' for i in range(n)))
+    train, valid = ft.examples_for(ft.parser().parse_args(["--data", str(path)]))
+    assert len(valid) == held_out and len(train) + len(valid) == n == len({*train, *valid})
+    assert [int(e.rpartition(" ")[2]) for e in valid] == list(range(0, n, 10))[:held_out]
+
+@pytest.mark.parametrize("args, asked", [([], ft.INSTRUCTION_PROMPTS[:3]), (["--task", "moral"], ["What?"]), (["--data", "x"], ["What?"])])
+def test_the_report_asks_what_was_learned(tiny, tmp_path, monkeypatch, args, asked):
+    result = run(tiny, tmp_path/"a", max_steps=1)
+    (result.out_dir/"more").write_bytes(bytes(499_400 - sum(p.stat().st_size for p in result.out_dir.iterdir())))
+    prompts = []
+    monkeypatch.setattr(ft, "side_by_side", lambda model, tok, p: prompts.extend(p) or [])
+    assert "(499 KB)" in ft.report(result, ft.parser().parse_args(args), ["[INST] What?[/INST] That."])
+    assert prompts == asked
+
+def test_a_run_of_the_sweep_is_the_main_job_scored_on_answers(tiny, monkeypatch):
+    made, real = [], finetune
+    def small(base, train, valid, folder, seq_len, **how):
+        made.append(dict(how, seq_len=seq_len, examples=(len(train), len(valid))))
+        return real(tiny, DATA, DATA[:3], folder, **{**SETTINGS, "max_steps": 1})
+    monkeypatch.setattr(ft, "finetune", small)
+    row = ft._full_run(1e-3, False, 1)
+    assert made == [dict(lr=1e-3, mask_prompt=False, seed=1, seq_len=OPTIONS["seq_len"][0], examples=(204, 60))]
+    assert row.keys() == {"answer_loss", "seconds"} and 1 < row["answer_loss"] < 20
+
+def test_as_a_module(tmp_path):
+    said = subprocess.run([sys.executable, "-m", "tiny_llm.finetune", "--help"], capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert said.returncode == 0 and "--max-steps" in said.stdout

@@ -218,3 +218,11 @@ def test_missing_file_and_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.json"): read_examples(tmp_path/"none.json")
     with pytest.raises(BadFileError, match="a folder"): read_examples(tmp_path)
     with pytest.raises(TypeError): read_examples(None)
+
+def test_an_empty_batch_is_named():
+    with pytest.raises(ValueError, match="an empty batch"): collate([], 0)
+
+def test_neighbours_in_length_meet_others_with_another_seed():
+    encoded = [([i] * (8 + i % 8), [i] * (8 + i % 8)) for i in range(16)]  # lengths 8 to 15: one bucket
+    company = lambda seed: {frozenset(ids[0] for ids, _ in b) for b in bucketed_batches(encoded, 4, seed)}
+    assert company(0) != company(1) and company(0) == company(0)

@@ -425,3 +425,15 @@ def test_report_without_adapters():
     assert lora_report(model).ratio == 1 and "one in 1.0" in repr(lora_report(model))
     assert lora_report(model.requires_grad_(False)).ratio == 0 and "one in" not in repr(lora_report(model))
     assert lora_report(nn.ReLU()).ratio == 0
+
+def test_targets_are_names():
+    with pytest.raises(TypeError, match="targets are names"): match_targets(GPT(GPTConfig(d_model=32, n_heads=2, n_layers=1, d_mlp=48)), ["attn.qkv", 3])
+
+def test_every_line_of_the_report_has_the_same_cells():
+    lines = repr(lora_report(add_lora_to_model(GPT(GPTConfig(d_model=32, n_heads=2, n_layers=1, d_mlp=48)), r=2))).splitlines()
+    assert len(lines) == 5 and {line.count("|") for line in lines} == {6}
+
+def test_tolerances_are_tight():
+    from tiny_llm.lora import TOLERANCE
+    assert all(0 < v <= 400 * torch.finfo(dtype).eps ** 0.5 and v < 0.05 for dtype, t in TOLERANCE.items() for v in t.values())
+    assert max(TOLERANCE[torch.float64].values()) < 1e-8 and max(TOLERANCE[torch.float32].values()) < 1e-3
