@@ -108,7 +108,7 @@ def test_a_broken_adapter_never_replaces_a_good_one(tiny, tmp_path, monkeypatch,
 def test_long_batches_are_named_shortly(tiny):
     tok = load_base(tiny)[1]
     said = ft.examples_of(torch.tensor([[tok.eot] + tok.encode("word " * 200)[:150]] * 8), tok)
-    assert len(said) < 300 and said.endswith("and 5 more")
+    assert len(said) < 300 and said.endswith("and 5 more") and said.count("…") == 3
 
 # -- going on ------------------------------------------------------------------------------------------
 
@@ -310,10 +310,10 @@ def test_every_tenth_of_ones_own_examples_is_held_out(tmp_path, n, held_out):
 @pytest.mark.parametrize("args, asked", [([], ft.INSTRUCTION_PROMPTS[:3]), (["--task", "moral"], ["What?"]), (["--data", "x"], ["What?"])])
 def test_the_report_asks_what_was_learned(tiny, tmp_path, monkeypatch, args, asked):
     result = run(tiny, tmp_path/"a", max_steps=1)
-    (result.out_dir/"more").write_bytes(bytes(499_400 - sum(p.stat().st_size for p in result.out_dir.iterdir())))
+    (result.out_dir/"more").write_bytes(bytes(5_000_000 - sum(p.stat().st_size for p in result.out_dir.iterdir())))
     prompts = []
     monkeypatch.setattr(ft, "side_by_side", lambda model, tok, p: prompts.extend(p) or [])
-    assert "(499 KB)" in ft.report(result, ft.parser().parse_args(args), ["[INST] What?[/INST] That."])
+    assert "(5000 KB)" in ft.report(result, ft.parser().parse_args(args), ["[INST] What?[/INST] That."])
     assert prompts == asked
 
 def test_a_run_of_the_sweep_is_the_main_job_scored_on_answers(tiny, monkeypatch):
