@@ -341,7 +341,8 @@ def table_text(
     "Each number with its 95 % interval; a word where the difference from the first is more than noise."
     rows = [("", [r.name for r in c.reports]), *_cells(c)]
     width = [max(len(r[1][i]) for r in rows) for i in range(len(c.reports))]
-    return "\n".join(f"{title:36}" + "  ".join(t.ljust(w) for t, w in zip(cells, width)).rstrip() for title, cells in rows)
+    left = 2 + max(len(title) for title, _ in rows)
+    return "\n".join(title.ljust(left) + "  ".join(t.ljust(w) for t, w in zip(cells, width)).rstrip() for title, cells in rows)
 
 def table_html(
     c: Comparison, # from `compare`
