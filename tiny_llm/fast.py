@@ -124,6 +124,7 @@ def _attend(m, x, model, shape, weights): # x (N, C) with N = B T -> (N, C), bef
     v = v.contiguous() # a view would keep all of q, k and v until backward
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(len(x), -1)
 
+# %% ../nbs/further/07_speed.ipynb #8e1415b7
 def fast_block(
     block, # a `Block`
     x, # its input, (N, C) with N = B T
