@@ -1,12 +1,11 @@
 """Every public name says what it does and what each parameter is, and the book uses it where a reader can watch."""
 import ast, inspect, json, re
 from importlib import import_module
-from pathlib import Path
 import pytest
 from fastcore.docments import docments
+from test_fresh import fresh
 from tiny_llm._modidx import d
 
-NBS = Path(__file__).resolve().parents[1] / 'nbs'
 PUBLIC = [(mod, name) for mod in d['syms'] for name in import_module(mod).__all__]
 DOCUMENTED = [(mod, name) for mod, name in PUBLIC if inspect.isroutine(o := getattr(import_module(mod), name)) or inspect.isclass(o)]
 
@@ -25,8 +24,7 @@ def names(source):
 
 def used():
     "Every name used in a lesson cell of the book."
-    books = [p for p in NBS.rglob('*.ipynb') if p.relative_to(NBS).parts[0] != 'reference' and not any(x[0] in '._' for x in p.relative_to(NBS).parts)]
-    cells = [c for p in books for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+    cells = [c for p in fresh.notebooks() for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
     return set().union(*(names(''.join(c['source'])) for c in cells if lesson(''.join(c['source']))))
 
 @pytest.fixture(scope='module')

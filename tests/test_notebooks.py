@@ -6,6 +6,7 @@ A chapter has 90 s on two idle cores. Machines differ, so the test warns above t
 import functools, json, os, re, subprocess, sys, warnings
 from pathlib import Path
 import pytest
+from test_fresh import fresh
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET, SLACK = 90, float(os.environ.get('TINY_LLM_SLACK', 4))  # seconds; how many times slower a machine may be
@@ -19,12 +20,7 @@ ok, seconds = run_nb(Path(sys.argv[1]), skip_flags=["notest"], basepath=sys.argv
 print("\\nRAN", ok, seconds)
 '''
 
-def notebooks():
-    "Every notebook of the book: none from `_proc` or hidden folders, nor the reference, which building the site runs."
-    found = ((p, p.relative_to(ROOT / 'nbs').parts) for p in sorted((ROOT / 'nbs').rglob('*.ipynb')))
-    return [pytest.param(p, id='/'.join(parts)) for p, parts in found if not any(d[0] in '._' for d in parts) and parts[0] != 'reference']
-
-every_notebook = pytest.mark.parametrize('nb', notebooks())
+every_notebook = pytest.mark.parametrize('nb', [pytest.param(p, id=p.relative_to(ROOT / 'nbs').as_posix()) for p in fresh.notebooks()])
 
 @functools.cache
 def run(nb):
@@ -45,7 +41,7 @@ def texts(out):
     data = {k: v for k, v in out.get('data', {}).items() if k.startswith('text/') or k == 'image/svg+xml'}
     return [''.join(t) for t in (*data.values(), out.get('text', ''), out.get('traceback', ''))]
 
-def test_there_are_notebooks(): assert notebooks()
+def test_there_are_notebooks(): assert fresh.notebooks()
 
 @every_notebook
 def test_runs(nb):
