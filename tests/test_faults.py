@@ -99,7 +99,7 @@ def test_killed_while_saving(tmp_path, record, kind, kills):
     for i in range(20 * kills):
         if i >= kills and inside >= kills // 10: break # on some machines few kills hit a save; then there are more of them
         child, diary = ctx.Process(target=save_for_ever, args=(kind, path, acknowledged + 1, tmp_path/f"diary{i}")), tmp_path/f"diary{i}"
-        child.start(); wait_for(diary, 1, child)
+        child.start(); wait_for(diary, 2, child) # its first save is slow, and is over
         time.sleep(rng.uniform(0, 1.2 * one_save)); kill(child)
         acknowledged += diary.stat().st_size - 1
         now = [p.name for p in folder.iterdir()]
