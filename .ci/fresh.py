@@ -5,7 +5,8 @@ compared with what is saved: text and tables word by word, numbers within the to
 in them, not by pixels. For that the kernel adds to each Matplotlib figure an output of type `FIGURE`, which browsers,
 Quarto and nbdev pass over. Not compared: cells with `#| eval: false`, which do not run, and cells with `#| volatile: …`,
 which must still run. The reason follows: `timing`; `sampling`, texts drawn from a model that was trained in the notebook;
-`rounding`, counts of close decisions of such a model. Another processor rounds otherwise, and a few of them flip.
+`rounding`, what is made of it: its size, a hash of trained weights, counts of close decisions of a trained model.
+Another processor rounds otherwise.
 
 Tolerances, as another processor adds in another order: a number with a decimal point may differ by `RELATIVE`, or by one
 in its last printed place, or by `ABSOLUTE`; a whole percentage by one; other whole numbers not at all. A mark in a figure
@@ -177,15 +178,19 @@ def parts(output):
     if output.output_type == 'error': return {'error': f'{output.ename}: {output.evalue}'}
     return dict(output.data)
 
+def part_change(kind, old, new):
+    "What differs between two values of one type of output, each None where there is none; None if nothing does."
+    both = old is not None and new is not None
+    if kind == FIGURE: return None if both and same_figure(old, new) else figure_change(old, new)
+    if kind.startswith('image/') and 'svg' not in kind:
+        return None if both else f'an {kind} saved and not now' if old else f'an {kind} now and not saved'
+    return None if both and same_text(old, new) else f'{kind}: {first_change(old or "(nothing)", new or "(nothing)")}'
+
 def change(old, new):
     "The first difference between the outputs of a cell, saved and new, or None."
     for a, b in zip_longest(map(parts, old), map(parts, new), fillvalue={}):
         for kind in sorted({*a, *b}):
-            p, q = a.get(kind), b.get(kind)
-            if kind == FIGURE: told = None if p and q and same_figure(p, q) else figure_change(p, q)
-            elif kind.startswith('image/') and 'svg' not in kind: told = None if p and q else f'an {kind} {"saved" if p else "now"} and not {"now" if p else "saved"}'
-            else: told = None if p is not None and q is not None and same_text(p, q) else f'{kind}: {first_change(p or "(nothing)", q or "(nothing)")}'
-            if told: return told
+            if told := part_change(kind, a.get(kind), b.get(kind)): return told
 
 def compared(nb): return [c for c in nb.cells if runs(c) and c.outputs and directive(c, 'volatile') is None]
 

@@ -1,5 +1,5 @@
 "The numbers of a report against other ways to get them, the statistics against what is known, and judges that misbehave."
-import json, math, random, shutil, threading, time
+import functools, json, math, random, shutil, threading, time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np, pytest, torch
@@ -168,9 +168,12 @@ def test_stories_are_those_of_generate(base):
 
 def test_a_story_that_ends(base, monkeypatch):
     eot = base[1].eot
-    monkeypatch.setattr(ev, "generate_ids", lambda *a, **k: torch.tensor([base[1].encode(" A cat") + [eot, eot], base[1].encode(" A cat sat.")[:4]]))
+    monkeypatch.setattr(ev, "generate_rows", lambda *a, **k: [base[1].encode(" A cat") + [eot, eot], base[1].encode(" A cat sat.")[:4]])
     told = sample_stories(*base, ["a", "b"])
     assert [s.stopped for s in told] == [True, False] and told[0].text == "A cat"
+
+def test_a_request_that_fills_the_context(base):
+    with pytest.raises(ValueError, match="leaves no room"): sample_stories(*base, ["word " * 600])
 
 def test_the_bases_own_stories_need_no_learning(base):
     shipped = [r["story"] for r in read_jsonl(OWN)]
@@ -247,6 +250,24 @@ def test_the_log_is_complete_and_left_as_it_is(tmp_path):
         for k in ("answers", "own", "plain"): # the sums belong to the numbers of tokens of the base's row
             total = sum(rows[0][k]) / rows[0]["curve"][0][k]
             assert sum(r[k]) / total == pytest.approx(r["curve"][-1][k], abs=1e-3)
+
+@pytest.mark.parametrize("recipe, n", [("base", 0), ("full fine-tune", 0), ("instruct adapter", 12), ("moral adapter", 12)])
+def test_recipes(recipe, n, monkeypatch):
+    monkeypatch.setattr(ev, "STEPS", 1)
+    for job in ("finetune", "train_moral"): monkeypatch.setattr(ev, job, functools.partial(getattr(ev, job), max_steps=1))
+    model, tok = ev._follow(recipe, 1)
+    assert len(lora_modules(model)) == n and not model.training and tok.decode(tok.encode("a dog")) == "a dog"
+    assert (fingerprint(model) == fingerprint(load_base()[0])) == (recipe != "full fine-tune")
+    with pytest.raises(ValueError, match="base, instruct adapter, moral adapter, full fine-tune"): ev._follow("a cake", 0)
+
+def test_the_seeds_are_complete_and_left_as_they_are(tmp_path, base):
+    shutil.copy(ASSETS/"seeds_log.jsonl", log := tmp_path/"log.jsonl")
+    rows = main(["--seeds", str(log)])
+    assert log.read_bytes() == (ASSETS/"seeds_log.jsonl").read_bytes() and [dict(recipe=r["recipe"], seed=r["seed"]) for r in rows] == ev.SEEDS
+    nats, tokens, size = story_nats(*base, [r["story"] for r in read_jsonl(OWN)])
+    own = rows[0]["values"]["own"]
+    np.testing.assert_allclose(own[0], nats, atol=1e-2); assert own[1] == tokens.tolist()
+    assert all(rows[0]["values"][k][1] == r["values"][k][1] for r in rows for k in ("answers", "own", "morals")) # the same texts, whoever reads them
 
 # Judges
 

@@ -37,7 +37,7 @@ def gradients(loss, params): return [loss.detach(), *torch.autograd.grad(loss, p
 def test_same_loss_and_gradients(targets, kind, dtype):
     model = tuned(targets).to(dtype)
     x, y = batch(kind)
-    want, got = (gradients(f(x, y), lora_parameters(model)) for f in (lambda x, y: plain(model, x, y), FastLoss(model)))
+    want, got = (gradients(f(x, y), lora_parameters(model)) for f in (lambda x, y: plain(model, x, y), FastLoss(model, dtype)))
     tol = dict(atol=1e-5, rtol=1e-4) if dtype == torch.float32 else dict(atol=1e-6, rtol=1e-5) # the head's sum is fp32
     for a, b in zip(want, got): assert_close(b, a, check_dtype=False, **tol)
     assert all(g.abs().sum() > 0 for g in want)
@@ -61,7 +61,7 @@ def test_dropout_drops_and_dropped_draws_agree():
     def loss(f, training):
         model.train(training); torch.manual_seed(3)
         return f(x, y).item()
-    ours, theirs = FastLoss(model), lambda x, y: plain(model, x, y)
+    ours, theirs = FastLoss(model, torch.float32), lambda x, y: plain(model, x, y)
     assert abs(loss(ours, True) - loss(theirs, True)) < 1e-5 and abs(loss(ours, False) - loss(theirs, False)) < 1e-5
     assert loss(ours, True) == loss(ours, True) != loss(ours, False)
 
@@ -77,6 +77,13 @@ def test_bfloat16_products_leave_base_and_adapters_in_float32():
     want, got = (gradients(f(x, y), lora_parameters(model)) for f in (FastLoss(model, torch.float32), FastLoss(model, torch.bfloat16)))
     for a, b in zip(want, got): assert b.dtype == torch.float32 and 0 < (a - b).norm() < 0.25 * a.norm() or a.ndim == 0
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+@pytest.mark.parametrize("hardware", [True, False])
+def test_only_float32_becomes_bfloat16(hardware, monkeypatch):
+    monkeypatch.setattr(fast, "has_bf16", lambda device: hardware)
+    for own in (torch.float16, torch.float32, torch.float64):
+        want = torch.bfloat16 if hardware and own == torch.float32 else own
+        assert {w.dtype for w in frozen_weights(tuned(WHERE[0]).to(own)).values()} == {want}
 
 def test_no_label_is_an_error():
     x, y = batch()

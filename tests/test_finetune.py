@@ -9,7 +9,7 @@ from tiny_llm.files import BadFileError, read_jsonl
 from tiny_llm.finetune import OPTIONS, finetune, main
 from tiny_llm.generate import load_base
 from tiny_llm.gpt import GPT, GPTConfig, fingerprint, save_checkpoint
-from tiny_llm.lora import lora_modules, lora_parameters
+from tiny_llm.lora import add_lora_to_model, lora_modules, lora_parameters
 from tiny_llm.train import read_state
 
 ANIMALS = ("fox", "bear", "cat", "dog", "hen", "cow", "pig", "bee", "owl", "ant")
@@ -215,6 +215,27 @@ def test_endless_finds_its_place(tiny):
     assert all(torch.equal(x, y) for p, q in zip(batches[5:], b) for x, y in zip(p, q))
     assert a.place() == "epoch 3, batch 2 of 3" and sum(len(x) for x, _ in batches[:3]) == len(DATA)
     with pytest.raises(ValueError, match="no examples"): ft.endless([], 4, 0, 0)
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_the_bare_loop(adapted):
+    "Against PyTorch's own schedule, in double precision; and what is frozen stays."
+    def job():
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(vocab_size=4096, d_model=32, n_heads=2, n_layers=2, d_mlp=48)).double()
+        return add_lora_to_model(model, 2) if adapted else model, ft.endless(ft.encode_examples(DATA, tok), 4, tok.pad, seed=1)
+    tok, seen = load_base()[1], []
+    (model, stream), (naive, batches), frozen = job(), job(), fingerprint(job()[0])
+    opt = ft.train_model(model, stream, 1e-2, 12, seen.append)
+    want = torch.optim.AdamW(lora_parameters(naive) if adapted else naive.parameters(), lr=1e-2, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(want, lambda step: ft.lr_scale(step, 12))
+    for _ in range(12):
+        x, y = next(batches)
+        torch.nn.functional.cross_entropy(naive(x).flatten(0, 1), y.flatten(), ignore_index=-100).backward()
+        torch.nn.utils.clip_grad_norm_(naive.parameters(), 1.0)
+        want.step(); schedule.step(); want.zero_grad()
+    assert seen == list(range(1, 13)) and stream.step == 12 and type(opt) is torch.optim.AdamW
+    for p, q in zip(model.parameters(), naive.parameters()): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+    assert (fingerprint(model) == frozen) == adapted
 
 @pytest.mark.parametrize("bad", [dict(max_steps=0), dict(eval_every=0), dict(batch_size=0), dict(lr=-1.0), dict(r=0)])
 def test_bad_settings(tiny, tmp_path, bad):

@@ -1,6 +1,6 @@
 "Generation with the shipped base: cache, padding, seeds, limits."
 import pytest, torch
-from tiny_llm.generate import filter_logits, generate, load_base, sample
+from tiny_llm.generate import filter_logits, generate, generate_rows, load_base, sample
 
 PROMPTS = ["Once upon a time", "Tom and his dog went to the park because", "The"]
 
@@ -24,6 +24,14 @@ def test_stops_at_the_end_of_a_story(base):
     texts = generate(model, tok, ["Once upon a time"] * 4, 450, seed=0)
     assert any(len(tok.encode(t)) < 440 for t in texts) and not any("<|endoftext|>" in t for t in texts)
 
+def test_rows_say_what_ended_by_itself(base):
+    model, tok = base
+    rows = generate_rows(model, tok, ["Once upon a time"] * 4, 450, seed=0, temperature=0.8)
+    ended = [tok.eot in row for row in rows]
+    assert any(ended) and all(e or len(row) == 450 for e, row in zip(ended, rows))
+    assert all(set(row[row.index(tok.eot):]) == {tok.eot} for row in rows if tok.eot in row)
+    assert [tok.decode(row).split("<|endoftext|>")[0] for row in rows] == generate(model, tok, ["Once upon a time"] * 4, 450, seed=0)
+
 def test_stays_inside_the_context(base):
     model, tok = base
     prompt = "one two three " * 130
@@ -38,7 +46,7 @@ def test_mode_is_left_as_it_was(base):
         assert model.training == mode
 
 def test_empty(base):
-    assert generate(*base, []) == []
+    assert generate(*base, []) == generate_rows(*base, []) == []
     assert isinstance(generate(*base, "", 5, seed=0), str)
     assert generate(*base, "Hi", 0) == ""
 

@@ -12,12 +12,11 @@ from pathlib import Path
 import torch
 from .data import ASSETS
 from .files import log_runs
-from .finetune import encoded_batches, endless, example_loss, finetune, lr_scale
+from .finetune import encoded_batches, endless, example_loss, finetune, train_model
 from .generate import load_base
 from .instruct import encode_examples
 from .labs import lab_examples, relative_errors
 from .lora import lora_modules, match_targets
-from .train import train_step
 
 # %% ../nbs/further/08_claims.ipynb #12fb1409
 TOPS = (1, 2, 4, 8, 16, 32, 64) # numbers of directions
@@ -59,11 +58,7 @@ def _every_weight(lr, seed):
     torch.manual_seed(seed)
     (model, tok), (base, _) = load_base(), load_base()
     train, valid = (encode_examples(e, tok, LENGTH, mask_prompt=True) for e in lab_examples())
-    stream, at = endless(train, BATCH, tok.pad, seed), next(model.parameters()).device
-    opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    for step in range(STEPS):
-        x, y = next(stream)
-        train_step(model.train(), [opt], x.to(at), y.to(at), lr * lr_scale(step, STEPS))
+    train_model(model, endless(train, BATCH, tok.pad, seed), lr, STEPS)
     weight = lambda m, n: m.get_submodule(n).weight.detach().cpu()
     updates = {n: weight(model, n) - weight(base, n) for n in match_targets(base, LAYERS)}
     return example_loss(model, encoded_batches(valid, 8, tok.pad)), updates

@@ -90,12 +90,12 @@ class HeadLoss(torch.autograd.Function):
 # %% ../nbs/further/07_speed.ipynb #fb98c937
 def frozen_weights(
     model, # a `GPT` with or without adapters
-    dtype: torch.dtype=None, # to multiply in; None: bfloat16 where `has_bf16`, else the weights' own
+    dtype: torch.dtype=None, # to multiply in; None: bfloat16 for float32 where `has_bf16`, else the weights' own
 ) -> dict: # layer -> its weight (out, in)
     "The weights of the frozen linear layers, cast once."
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and not m.weight.requires_grad and m.bias is None]
-    fast = torch.bfloat16 if has_bf16(model.tok_emb.weight.device) else None
-    return {m: m.weight.detach().to(dtype or fast or m.weight.dtype) for m in layers}
+    fast = {torch.float32: torch.bfloat16} if has_bf16(model.tok_emb.weight.device) else {}
+    return {m: m.weight.detach().to(dtype or fast.get(m.weight.dtype, m.weight.dtype)) for m in layers}
 
 def product(
     layer, # an `nn.Linear` or a `LoRALinear`

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SWEEP', 'TASKS', 'OPTIONS', 'encoded_batches', 'example_loss', 'lr_scale', 'endless', 'FinetuneResult', 'keep_best',
            'examples_of', 'timed_step', 'describe_finetune', 'save_finetune_state', 'load_finetune_state',
-           'train_adapter', 'progress', 'with_new_adapters', 'finetune', 'side_by_side', 'parser', 'examples_for',
-           'plan', 'report', 'main', 'INST', 'END_INST', 'QUESTION', 'INSTRUCTION_PROMPTS', 'LAYOUTS', 'IGNORE',
-           'format_prompt', 'format_example', 'make_instruction_dataset', 'make_moral_dataset', 'read_examples',
-           'encode_examples', 'collate', 'bucketed_batches']
+           'train_adapter', 'progress', 'with_new_adapters', 'finetune', 'side_by_side', 'train_model', 'parser',
+           'examples_for', 'plan', 'report', 'main', 'INST', 'END_INST', 'QUESTION', 'INSTRUCTION_PROMPTS', 'LAYOUTS',
+           'IGNORE', 'format_prompt', 'format_example', 'make_instruction_dataset', 'make_moral_dataset',
+           'read_examples', 'encode_examples', 'collate', 'bucketed_batches']
 
 # %% ../nbs/04_train.ipynb #06e7979b
 import argparse, hashlib, json, math, shutil, tempfile, time
@@ -308,6 +308,22 @@ def _full_run(
 # %% ../nbs/04_train.ipynb #7f4440e6
 SWEEP = [dict(lr=lr, mask_prompt=True, seed=s) for s in (0, 1) for lr in (5e-5, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2)]
 SWEEP += [dict(lr=5e-3, mask_prompt=False, seed=s) for s in (0, 1)]
+
+# %% ../nbs/04_train.ipynb #d29f4d5d
+def train_model(
+    model, # a GPT, trained in place: every weight of a plain one, A and B of one with LoRA layers
+    stream: endless, # gives the batches
+    lr: float, # highest learning rate
+    max_steps: int, # optimizer steps
+    look=None, # called as look(step) after each step
+): # its optimizer
+    "The bare loop: AdamW without weight decay under `lr_scale`; nothing is validated, kept or written."
+    params = [p for p in model.parameters() if p.requires_grad]
+    opt, device = torch.optim.AdamW(params, lr=lr, weight_decay=0.0), params[0].device
+    for step, (x, y) in zip(range(max_steps), stream):
+        train_step(model.train(), [opt], x.to(device), y.to(device), lr * lr_scale(step, max_steps))
+        if look: look(step + 1)
+    return opt
 
 # %% ../nbs/04_train.ipynb #bc1b42a9
 TASKS = {"instruct": make_instruction_dataset, "moral": make_moral_dataset}

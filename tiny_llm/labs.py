@@ -18,7 +18,7 @@ from safetensors import safe_open
 from .adapter import load_with_lora
 from .data import ASSETS, bundled_stories
 from .files import atomic_path, log_runs, read_jsonl
-from .finetune import OPTIONS, encoded_batches, endless, example_loss, finetune, lr_scale
+from .finetune import OPTIONS, encoded_batches, endless, example_loss, finetune, train_model
 from .generate import generate, load_base
 from .gpt import GPT, GPTConfig, write_tensors
 from .instruct import encode_examples, format_prompt, make_instruction_dataset
@@ -779,13 +779,12 @@ def tune_all(
     torch.manual_seed(0)
     model, tok = load_base()
     train, valid = (lab_encoded(e[:n], tok) for e, n in zip(lab_examples(), (None, n_valid)))
-    stream, valid, at = endless(train, 8, tok.pad, 0), encoded_batches(valid, 8, tok.pad), next(model.parameters()).device
-    opt, best = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0), (math.inf, None)
-    for step in range(max_steps):
-        x, y = next(stream)
-        train_step(model.train(), [opt], x.to(at), y.to(at), lr * lr_scale(step, max_steps))
-        if (step + 1) % eval_every == 0 and (loss := example_loss(model, valid)) < best[0]:
+    valid, best = encoded_batches(valid, 8, tok.pad), (math.inf, None)
+    def keep(step):
+        nonlocal best
+        if step % eval_every == 0 and (loss := example_loss(model, valid)) < best[0]:
             best = loss, {k: v.clone() for k, v in model.state_dict().items()}
+    train_model(model, endless(train, 8, tok.pad, 0), lr, max_steps, keep)
     model.load_state_dict(best[1])
     return model.eval(), tok, best[0]
 

@@ -122,7 +122,7 @@ def test_missing_tensors(saved, record):
 
 def test_nan_in_the_file(saved, record):
     folder, expected = saved
-    tensors_of(folder, lambda t: {k: v * float("nan") if "layers.1.self_attn.q_proj.lora_B" in k else v for k, v in t.items()})
+    tensors_of(folder, lambda t: {k: v * float("nan") if "layers.1.self_attn.v_proj.lora_B" in k else v for k, v in t.items()})
     compare(record, "NaN in the file", folder, expected)
 
 def test_another_alpha(saved, record):
