@@ -4,10 +4,10 @@ import pytest, torch
 import tiny_llm.finetune as ft
 from tiny_llm import instruct
 from tiny_llm.adapter import load_adapter, load_with_lora, read_adapter
-from tiny_llm.data import ASSETS
+from tiny_llm.data import ASSETS, bundled_stories
 from tiny_llm.files import BadFileError, read_jsonl
 from tiny_llm.finetune import OPTIONS, finetune, main
-from tiny_llm.generate import load_base
+from tiny_llm.generate import generate, load_base
 from tiny_llm.gpt import GPT, GPTConfig, fingerprint, save_checkpoint
 from tiny_llm.lora import add_lora_to_model, lora_modules, lora_parameters
 from tiny_llm.train import read_state
@@ -341,11 +341,22 @@ def test_a_run_of_the_sweep_is_the_main_job_scored_on_answers(tiny, monkeypatch)
     made, real = [], finetune
     def small(base, train, valid, folder, seq_len, **how):
         made.append(dict(how, seq_len=seq_len, examples=(len(train), len(valid))))
-        return real(tiny, DATA, DATA[:3], folder, **{**SETTINGS, "max_steps": 1})
+        results.append(real(tiny, DATA, DATA[:3], folder, **{**SETTINGS, "max_steps": 1}))
+        return results[0]
+    results, held_out = [], instruct.make_instruction_dataset(bundled_stories("valid"))
     monkeypatch.setattr(ft, "finetune", small)
     row = ft._full_run(1e-3, False, 1)
+    loss = lambda masked: ft.example_loss(results[0].model, ft.encoded_batches(ft.encode_examples(held_out, results[0].tok, 288, masked), 8, results[0].tok.pad))
+    assert row["answer_loss"] == pytest.approx(loss(True), rel=1e-6) and abs(loss(True) - loss(False)) > 1e-3
     assert made == [dict(lr=1e-3, mask_prompt=False, seed=1, seq_len=OPTIONS["seq_len"][0], examples=(204, 60))]
-    assert row.keys() == {"answer_loss", "seconds"} and 1 < row["answer_loss"] < 20
+    assert row.keys() == {"answer_loss", "seconds"}
+
+def test_both_sides_are_sampled_alike():
+    (base, tok), model = load_base(), load_with_lora(None, ASSETS/"adapters/instruct")
+    prompts = ["Tell me a story about a dog.", "Tell me a story."]
+    asked = [f"[INST] {p}[/INST]" for p in prompts]
+    how = dict(max_new_tokens=30, temperature=0.6, top_p=0.9, seed=5)
+    assert ft.side_by_side(model, tok, prompts, 30, seed=5) == list(zip(prompts, generate(base, tok, asked, **how), generate(model, tok, asked, **how)))
 
 def test_as_a_module(tmp_path):
     said = subprocess.run([sys.executable, "-m", "tiny_llm.finetune", "--help"], capture_output=True, text=True, timeout=100, cwd=tmp_path)
