@@ -420,6 +420,11 @@ def one_case(kind, maker, i, home, memory):
     if maker.marker.exists(): maker.marker.unlink(); how = "CODE WAS RUN"
     return how
 
+def memory_used():
+    "Bytes: data, resident now, resident at most. (ru_maxrss would count what the parent had when it started us.)"
+    status = dict(line.split(":\t") for line in Path("/proc/self/status").read_text().splitlines() if "kB" in line)
+    return {k: int(status[k].split()[0]) << 10 for k in ("VmData", "VmRSS", "VmHWM")}
+
 def main(home, only=None, number=None):
     warnings.simplefilter("ignore"); torch.set_num_threads(1)
     def too_long(*_): raise TookTooLong(f"more than {SECONDS} s")
@@ -427,8 +432,7 @@ def main(home, only=None, number=None):
     makers = {}
     for k, (make, how) in KINDS.items():
         if not only or k == only: (home/k).mkdir(); makers[k] = make(home/k, how)
-    status = dict(line.split(":\t") for line in Path("/proc/self/status").read_text().splitlines() if "kB" in line)
-    used = {k: int(status[k].split()[0]) << 10 for k in ("VmData", "VmRSS")}
+    used = memory_used()
     memory = lambda limited: resource.setrlimit(resource.RLIMIT_DATA, (used["VmData"] + ROOM if limited else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     report = {}
     for k, maker in makers.items():
@@ -440,7 +444,7 @@ def main(home, only=None, number=None):
             if how not in ("loaded", "refused"): wrong.append((i, how))
             if number is None: shutil.rmtree(home/k/f"case{i}")
         report[k] = dict(count=count, wrong=wrong)
-    return dict(kinds=report, grown=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) - used["VmRSS"])
+    return dict(kinds=report, grown=memory_used()["VmHWM"] - used["VmRSS"])
 
 # The tests
 

@@ -121,7 +121,7 @@ MUTANTS = [
         ("top-p forgets that it sorted", ".scatter(-1, order, p.cumsum(-1) - p >= top_p)", ""),
         ("temperature multiplies", "logits.float() / temperature", "logits.float() * temperature"),
         ("a padded row goes on from its padding", "mask.long().cumsum(-1).argmax(-1)", "mask.long().sum(-1) * 0 + ids.shape[1] - 1"),
-        ("the seed is ignored", "generator=None if seed is None else torch.Generator().manual_seed(seed)", "generator=None"),
+        ("the seed is ignored", "None if seed is None else torch.Generator().manual_seed(seed)", "None"),
         ("a prompt begins without the end token", "[[tok.eot] + tok.encode(p) for p in prompts]", "[tok.encode(p) for p in prompts]"),
     ),
 ]
