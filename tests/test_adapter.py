@@ -52,6 +52,19 @@ def test_round_trip(tmp_path, targets, r, alpha):
     assert adapter_config(again) == adapter_config(model) and lora_modules(again).keys() == lora_modules(model).keys()
     assert {n.rsplit(".", 1)[-1] for n, p in again.named_parameters() if p.requires_grad} == {"A", "B"}
 
+def test_the_largest_rank(tmp_path):
+    model = trained(r=SHAPE["d_model"], targets="attn.W_o")
+    save_adapter(model, tmp_path/"a")
+    assert torch.equal(logits(load_adapter(small(), tmp_path/"a")), logits(model))
+
+@pytest.mark.parametrize("ranks, written", [({"qkv": 5}, ["attn.qkv"]), ({"blocks.0.attn.qkv": 5}, [r"^blocks\.0\.attn\.qkv"]),
+    ({"blocks.0.attn.qkv": 5, "blocks.1.attn.qkv": 6}, [r"^blocks\.0\.attn\.qkv", r"^blocks\.1\.attn\.qkv"])], ids=["all", "one", "two that differ"])
+def test_ranks_lead_back_to_their_layers(tmp_path, ranks, written):
+    model = trained(r=3, targets=("attn.qkv", "attn.W_o", "mlp.up"), rank_pattern=ranks)
+    assert sorted(adapter_config(model)["rank_pattern"]) == written
+    save_adapter(model, tmp_path/"a")
+    assert torch.equal(logits(load_adapter(small(), tmp_path/"a")), logits(model))
+
 def test_targets_lead_back_to_the_wrapped_layers():
     assert adapter_config(trained(targets="all-linear"))["target_modules"] == ["W_o", "down", "gate", "qkv", "up"]
     names = adapter_config(trained(targets=re.compile(r"blocks\.1\.")))["target_modules"]

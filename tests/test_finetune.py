@@ -107,8 +107,8 @@ def test_a_broken_adapter_never_replaces_a_good_one(tiny, tmp_path, monkeypatch,
 
 def test_long_batches_are_named_shortly(tiny):
     tok = load_base(tiny)[1]
-    said = ft.examples_of(torch.tensor([[tok.eot] + tok.encode("word " * 200)[:150]] * 8), tok)
-    assert len(said) < 300 and said.endswith("and 5 more") and said.count("…") == 3
+    said = ft.examples_of(torch.tensor([[tok.eot] + tok.encode("Some word " * 200)[:150]] * 8), tok)
+    assert len(said) < 300 and said.startswith("'Some word ") and said.endswith("and 5 more") and said.count("…") == 3
 
 # -- going on ------------------------------------------------------------------------------------------
 
@@ -205,6 +205,7 @@ def test_signature_and_options_agree():
     assert (p["r"].default, p["alpha"].default, p["batch_size"].default, p["seq_len"].default, p["seed"].default) == (8, 16, 8, 256, 0)
     assert all(p[k].default == v for k, (v, _) in OPTIONS.items() if k != "seq_len") # the moral examples need more
     assert ft.parser().parse_args([]).mask_prompt == p["mask_prompt"].default
+    assert inspect.signature(ft.train_adapter).parameters["eval_every"].default == OPTIONS["eval_every"][0]
 
 def test_endless_finds_its_place(tiny):
     tok = load_base(tiny)[1]
@@ -319,6 +320,7 @@ def test_plot_draws_where_it_is_told_to():
     mine = plt.subplots()[1]
     assert done.plot(mine) is mine and done.plot() is not mine
     assert [line.get_xydata().tolist() for line in mine.lines] == [[[1, 3], [2, 2]], [[0, 4], [2, 2.5]]]
+    assert (mine.get_xlabel(), mine.get_ylabel()) == ("step", "loss (nats per token)") and len(mine.get_legend().get_texts()) == 2
     plt.close("all")
 
 @pytest.mark.parametrize("n, held_out", [(9, 0), (10, 1), (11, 2), (21, 3)])

@@ -110,6 +110,8 @@ def test_long_report_is_short(tok):
     short, long = format_example("Hi.", "Hello."), format_example("Hi. " * 50, "Hello.")
     with pytest.warns(UserWarning, match=r"skipped 30 of 31 examples.*\[0, 1, .*, 9, …\]$") as w: encode_examples([long] * 30 + [short], tok, 30, True)
     assert len(w) == 1 and w[0].filename == __file__  # points at the caller
+    for n, end in ((10, "9"), (11, "9, …")):
+        with pytest.warns(UserWarning, match=rf"skipped {n} of {n + 1} examples.*, {end}\]$"): encode_examples([long] * n + [short], tok, 30, True)
 
 # --- batches
 def test_collate_shift_and_padding():
@@ -197,6 +199,7 @@ def test_masking_a_conversation_leaves_the_last_answer(read, tok):
     ("[]", "no examples"), ("once upon a time", "line 1"), (b"\xff\xfe\x00", "not UTF-8"), (b'{"story": "caf\xe9"}', "not UTF-8 text (byte 14)"), ('{"instruction": "A", "output": ""}', "line 1"),
     ('{"instruction": 5, "output": "A"}', "line 1"), ('{"instruction": null, "output": "A"}', "line 1"), ('{"instruction": "A", "output": null}', "line 1"),
     ('{"text": null}', "line 1"), ('{"text": "a [/INST] b"}', "line 1"), ('{"story": "A.", "prompt": 5}', "line 1: field 'prompt' is int"), ('{"messages": null}', "line 1"),
+    ('{"response": "A"}', "line 1: its fields ['response'] match no layout"), ('{"instruction": "A"}', "line 1: its fields ['instruction'] match no layout"),
     ("5", "line 1: int, not a JSON object"), ('"A fox."', "line 1: str"), ('[{"story": "A."}, 5]', "record 1: int"), ('[{"instruction": "A", "output": "B"}, {"instruction": "A", "output": ["B"]}]', "record 1: field 'output' is list"),
     ('{"instruction": "A", "input": 0, "output": "B"}', "line 1: field 'input' is int"), ('{"story": "\\ud800"}', "line 1: 'utf-8'"), ("[" * 100_000, "recursion"),
     ('{"text": "[INST] a[/INST] "}', "line 1: the answer is empty"), ('{"text": "[INST] [/INST] b"}', "line 1: the prompt is empty"), ('{"text": "[INST] a b"}', "line 1: field 'text' has"), ('{"text": "[INST] a[/INST] b [INST] c"}', "line 1: field 'text' has"),

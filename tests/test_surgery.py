@@ -3,7 +3,7 @@ import os, re
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest, torch, torch.nn as nn, torch.nn.functional as F
 from tiny_llm.gpt import GPT, GPTConfig, fingerprint
-from tiny_llm.lora import (LoRALinear, add_lora_to_model, lora_modules, lora_param_count, lora_parameters, lora_report,
+from tiny_llm.lora import (LoRALinear, LoRAReport, add_lora_to_model, lora_modules, lora_param_count, lora_parameters, lora_report,
                            match_targets, remove_lora)
 
 IDS = torch.randint(0, 48, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -380,9 +380,10 @@ def test_gpt2_with_its_transposed_layers(targets, n):
 def test_convolutions_are_named_as_not_supported():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 8))
     assert "not supported: Conv2d (0)" in refused(model, targets="q_proj", r=2)
+    assert "not supported" not in refused(nested()[0], targets="q_proj", r=2) # a norm has nothing to adapt
 
 @pytest.mark.parametrize("how, why", [(dict(exclude="nothing"), "nothing"), (dict(targets="all-linear", exclude="all-linear"), "without 'all-linear'"),
-    (dict(rank_pattern={"nothing": 4}), "rank_pattern.*nothing"), (dict(alpha_pattern={"(": 4}), "cannot be used"), (dict(alpha_pattern={"blocks.0.attn.[[:alpha:]]*": 4}), "cannot be used"),
+    (dict(rank_pattern={"nothing": 4}), "rank_pattern.*nothing"), (dict(alpha_pattern={"(": 4}), "cannot be used"), (dict(alpha_pattern={"blocks.0.attn.[[:alpha:]]*": 4}), "cannot be used"), (dict(alpha_pattern={"blocks.0.attn.[[a-z]]*": 4}), "classes in classes"), (dict(alpha_pattern={"blocks.0.attn.[:a-z]*": 4}), "classes in classes"),
     (dict(rank_pattern={"(?:x{2147483647}){2147483647}": 4}), "cannot be used"), (dict(rank_pattern={"(?:attn.qkv){e<=1}": 4}), "cannot be used"), (dict(rank_pattern={"attn.qkv": 999}), "999"),
     (dict(alpha_pattern={"attn.qkv": -1}), "alpha=-1")])
 def test_exclude_and_patterns_that_do_not_fit(how, why):
@@ -424,7 +425,7 @@ def test_report_without_adapters():
     model = make(gpt)[0]
     assert lora_report(model).ratio == 1 and "one in 1.0" in repr(lora_report(model))
     assert lora_report(model.requires_grad_(False)).ratio == 0 and "one in" not in repr(lora_report(model))
-    assert lora_report(nn.ReLU()).ratio == 0
+    assert lora_report(nn.ReLU()).ratio == 0 and LoRAReport([], 1, 1).ratio == 1
 
 def test_targets_are_names():
     with pytest.raises(TypeError, match="targets are names"): match_targets(GPT(GPTConfig(d_model=32, n_heads=2, n_layers=1, d_mlp=48)), ["attn.qkv", 3])

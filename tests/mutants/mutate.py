@@ -1,6 +1,6 @@
 """Change a module in many small ways, one at a time, and run its tests: which changes does no test notice?
 
-    python tests/mutants/mutate.py [MODULE ...] [--sample 60] [--minutes 4] [--report]
+    python tests/mutants/mutate.py [MODULE ...] [--sample 90] [--minutes 4] [--report]
 
 Mutation tools exist. mutmut 3 forks after it has run the tests once, and torch's threads do not survive that; cosmic-ray
 starts a Python for every mutant and rewrites the file in place, and ours is generated. So this is a small one: operators
@@ -146,7 +146,7 @@ def report(modules, n):
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("modules", nargs="*", default=list(TESTS)), p.add_argument("--sample", type=int, default=60)
+    p.add_argument("modules", nargs="*", default=list(TESTS)), p.add_argument("--sample", type=int, default=90)
     p.add_argument("--minutes", type=float, default=1e9), p.add_argument("--report", action="store_true")
     args = p.parse_args()
     if not args.report: work(args.modules, args.sample, args.minutes)
