@@ -254,7 +254,7 @@ def test_the_log_is_complete_and_left_as_it_is(tmp_path):
 @pytest.mark.parametrize("recipe, n", [("base", 0), ("full fine-tune", 0), ("instruct adapter", 12), ("moral adapter", 12)])
 def test_recipes(recipe, n, monkeypatch):
     monkeypatch.setattr(ev, "STEPS", 1)
-    for job in ("finetune", "train_moral"): monkeypatch.setattr(ev, job, functools.partial(getattr(ev, job), max_steps=1))
+    for job in ("_main_job", "train_moral"): monkeypatch.setattr(ev, job, functools.partial(getattr(ev, job), max_steps=1))
     model, tok = ev._follow(recipe, 1)
     assert len(lora_modules(model)) == n and not model.training and tok.decode(tok.encode("a dog")) == "a dog"
     assert (fingerprint(model) == fingerprint(load_base()[0])) == (recipe != "full fine-tune")

@@ -11,7 +11,7 @@ __all__ = ['OWN', 'THINGS', 'METRICS', 'STEPS', 'LOOKS', 'RECIPES', 'SEEDS', 'PL
            'duel', 'agreement', 'read_verdict', 'OpenAIJudge', 'write_html', 'compare_adapters', 'main']
 
 # %% ../nbs/further/09_evaluate.ipynb #e90cce75
-import argparse, base64, html, io, json, math, re, tempfile
+import argparse, base64, html, io, json, math, re
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,9 @@ from scipy import stats
 from .adapter import load_with_lora
 from .data import ASSETS, bundled_stories, read_stories
 from .files import atomic_path, log_runs, read_jsonl
-from .finetune import OPTIONS, endless, finetune, train_model, with_new_adapters
-from .generate import generate, generate_rows, load_base
+from .finetune import _main_job, endless, train_model, with_new_adapters
+from .generate import _until, generate, generate_rows, load_base
 from .instruct import IGNORE, collate, encode_examples, format_prompt, make_instruction_dataset
-from .labs import lab_examples
 from .moral import MORALS, calibrated, moral_pairs, moral_scores, say_morals, train_moral, wilson
 
 # %% ../nbs/further/09_evaluate.ipynb #5afee81b
@@ -121,8 +120,7 @@ def sample_stories(
 ) -> list: # P of `Sample`
     "One story for each prompt, all with one seed. Raises `ValueError` where a prompt fills the context."
     rows = generate_rows(model, tok, [format_prompt(p) for p in prompts], max_new_tokens, seed, temperature=temperature)
-    ends = [row.index(tok.eot) if tok.eot in row else None for row in rows]
-    return [Sample(p, tok.decode(row[:end]).strip(), end is not None) for p, row, end in zip(prompts, rows, ends)]
+    return [Sample(p, tok.decode(_until(row, tok.eot)).strip(), tok.eot in row) for p, row in zip(prompts, rows)]
 
 # %% ../nbs/further/09_evaluate.ipynb #bb054547
 def words(
@@ -390,9 +388,7 @@ def _follow(
     if recipe not in RECIPES: raise ValueError(f"recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
     if recipe == "base": return load_base()
     if recipe == "full fine-tune": return tune("full", 5e-4, seed)
-    if recipe == "moral adapter": run = train_moral(moral_pairs(204), seed)
-    else:
-        with tempfile.TemporaryDirectory() as d: run = finetune(None, *lab_examples(), d, seq_len=OPTIONS["seq_len"][0], seed=seed)
+    run = _main_job(seed=seed) if recipe == "instruct adapter" else train_moral(moral_pairs(204), seed)
     return run.model, run.tok
 
 def _seed_run(recipe, seed):

@@ -293,15 +293,18 @@ def side_by_side(
     return list(zip(prompts, base, tuned))
 
 # %% ../nbs/04_train.ipynb #5bd3acd6
+def _main_job(**how): # settings of `finetune` instead of its defaults
+    "The main job, on the bundled stories; nothing is left on disk."
+    train, valid = (make_instruction_dataset(bundled_stories(s)) for s in ("train", "valid"))
+    with tempfile.TemporaryDirectory() as folder: return finetune(None, train, valid, folder, seq_len=OPTIONS["seq_len"][0], **how)
+
 def _full_run(
     lr: float, # highest learning rate
     mask_prompt: bool, # no loss on the prompt
     seed: int, # of A and of the order of examples
 ) -> dict: # `answer_loss` of the kept adapter on the held-out answers, nats per token
     "The main job with another learning rate, masking or seed; nothing is left on disk."
-    train, valid = (make_instruction_dataset(bundled_stories(s)) for s in ("train", "valid"))
-    with tempfile.TemporaryDirectory() as folder:
-        r = finetune(None, train, valid, folder, lr=lr, mask_prompt=mask_prompt, seed=seed, seq_len=OPTIONS["seq_len"][0])
+    r, valid = _main_job(lr=lr, mask_prompt=mask_prompt, seed=seed), make_instruction_dataset(bundled_stories("valid"))
     answers = encoded_batches(encode_examples(valid, r.tok, OPTIONS["seq_len"][0], mask_prompt=True), 8, r.tok.pad)
     return dict(answer_loss=example_loss(r.model, answers), seconds=round(r.seconds, 1))
 

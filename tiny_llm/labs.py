@@ -10,7 +10,7 @@ __all__ = ['LAYER', 'DELTA', 'SIZES', 'ASK', 'LOG', 'PALETTE', 'RUNS', 'KEEP_LR'
            'lora_lab_widget', 'tune_all', 'save_delta', 'cut_losses', 'main']
 
 # %% ../nbs/labs/02_making_the_lab.ipynb #712f2f7d
-import argparse, base64, copy, html, io, json, math, tempfile, time
+import argparse, base64, copy, html, io, json, math, time
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from .adapter import load_with_lora
 from .data import ASSETS, bundled_stories
 from .files import atomic_path, log_runs, read_jsonl
-from .finetune import OPTIONS, encoded_batches, endless, example_loss, finetune, train_model
+from .finetune import OPTIONS, _main_job, encoded_batches, endless, example_loss, train_model
 from .generate import generate, load_base
 from .gpt import GPT, GPTConfig, write_tensors
 from .instruct import encode_examples, format_prompt, make_instruction_dataset
@@ -825,15 +825,14 @@ def _lab_run(
     max_steps: int, # optimizer steps
 ) -> dict: # held-out loss, trained parameters, answers to `ASK`
     "One line of the log; the full fine-tune at `KEEP_LR` also writes `DELTA`."
-    train, valid = lab_examples()
     if kind == "lora":
-        with tempfile.TemporaryDirectory() as d: run = finetune(None, train, valid, d, r, 2 * r, lr, max_steps, seq_len=OPTIONS["seq_len"][0])
+        run = _main_job(r=r, alpha=2 * r, lr=lr, max_steps=max_steps)
         model, tok, loss, n = run.model, run.tok, min(v for step, v in run.valid_losses if step), lora_param_count(run.model)
         return dict(valid_loss=loss, trained=n, answers=_lab_answers(model, tok))
     model, tok, loss = tune_all(lr, max_steps) if kind == "full" else (*load_base(), None)
     row = dict(valid_loss=loss, trained=sum(p.numel() for p in model.parameters()), answers=_lab_answers(model, tok))
     if kind == "full" and lr == KEEP_LR: save_delta(model, lr=lr, max_steps=max_steps, seed=0, batch_size=8, valid_loss=f"{loss:.4f}")
-    held_out = encoded_batches(lab_encoded(valid, tok), 8, tok.pad)
+    held_out = encoded_batches(lab_encoded(lab_examples()[1], tok), 8, tok.pad)
     return {**row, **cut_losses(model, held_out)} if kind == "full" else dict(row, valid_loss=example_loss(model, held_out), trained=0)
 
 # %% ../nbs/labs/02_making_the_lab.ipynb #78562343
