@@ -14,9 +14,10 @@ def test_perplexity_of_the_shipped_base():
     model, tok = load_checkpoint(ASSETS / "base.safetensors"), BPETokenizer.load(ASSETS / "tokenizer.json")
     ppl = perplexity(model.to(default_device()), tok, read_stories(VALID))
     print(f"perplexity {ppl:.3f}")
-    assert ppl < 7.0
+    assert ppl <= 5.4
 
 def test_the_log_that_ships_with_it():
     header, log = read_log(ASSETS / "base_log.jsonl")
     assert header["steps"] == log[-1]["step"]
-    assert {"step", "tokens", "epoch", "lr", "train_loss", "valid_loss", "seconds"} <= set(log[0])
+    assert len(header["stages"]) == log[-1]["stage"] and all(a["tokens"] < b["tokens"] for a, b in zip(log, log[1:]))
+    assert {"stage", "step", "tokens", "epoch", "lr", "train_loss", "valid_loss", "seconds"} <= set(log[0])

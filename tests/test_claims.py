@@ -61,7 +61,7 @@ def test_pairs_of_runs(monkeypatch):
         return 1.0, made[r, seed]
     monkeypatch.setattr(claims, "short_run", run)
     found = claims_run("overlap", 2, pair="rank 8 and 64, two seeds")["overlap"]
-    assert asked == [(8, 16.0, 2), (64, 128.0, 0)]
+    assert asked == [(8, 16.0, 2), (64, pytest.approx(2 * 512 ** 0.5), 0)]
     assert found[3] == pytest.approx(subspace_overlap(directions(made[8, 2]["a"], 8), directions(made[64, 0]["a"], 8)), abs=1e-4)
 
 def test_a_complete_log_is_left_as_it_is(tmp_path):

@@ -5,6 +5,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
+from collections import Counter
 import pytest
 import torch
 
@@ -17,10 +18,11 @@ from tiny_llm.tokenize import EOT, BPETokenizer
 # ---- stories ----
 
 def test_bundled_stories():
-    both = bundled_stories()
-    assert both and all(set(r) == {"story", "theme", "moral", "split"} for r in both)
-    assert len(bundled_stories("train")) + len(bundled_stories("valid")) == len(both)
-    with pytest.raises(ValueError, match="split"): bundled_stories("test")
+    every, splits = bundled_stories(), [bundled_stories(s) for s in ("train", "valid", "test")]
+    assert all(set(r) == {"story", "theme", "moral", "words", "split"} and len(r["words"]) in (2, 3) for r in every)
+    assert sum(map(len, splits)) == len(every) == len({r["story"] for r in every}) >= 600 and min(map(len, splits)) >= 60
+    assert all(min(Counter(r["theme"] for r in s).values()) >= 5 for s in splits) and all(r["story"].isascii() for r in every)
+    with pytest.raises(ValueError, match="split"): bundled_stories("dev")
 
 
 @pytest.mark.parametrize("text, stories", [

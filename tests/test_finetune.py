@@ -1,5 +1,5 @@
 "The main job, small: learning, stopping, going on, and what it says to a user who errs."
-import inspect, os, shutil, signal, subprocess, sys, time
+import inspect, os, re, shutil, signal, subprocess, sys, time
 import pytest, torch
 import tiny_llm.finetune as ft
 from tiny_llm import instruct
@@ -9,6 +9,7 @@ from tiny_llm.files import BadFileError, read_jsonl
 from tiny_llm.finetune import OPTIONS, finetune, main
 from tiny_llm.generate import generate, load_base
 from tiny_llm.gpt import GPT, GPTConfig, fingerprint, save_checkpoint
+from tiny_llm.glance import Sample
 from tiny_llm.lora import add_lora_to_model, lora_modules, lora_parameters
 from tiny_llm.train import read_state
 
@@ -253,7 +254,7 @@ def test_command_line(tmp_path, capsys):
     loaded = load_with_lora(None, tmp_path/"out"/"instruct")
     trained = sum(p.numel() for p in lora_parameters(loaded))
     assert f"{total:,} of {total:,} parameters" in said and f"{trained:,} of {total + trained:,} are trainable" in said
-    assert "trained" in said and said.count("fine-tuned:") == 2 and "tokens/s" in said
+    assert "Trained" in said and said.count("fine-tuned:") == 2 and "Loss on held-out answers" in said
     exec(said[said.index("    from tiny_llm.adapter"):].replace("    ", ""), scope := {}) # how to load it
     assert fingerprint(scope["model"]) == fingerprint(loaded)
 
@@ -330,12 +331,13 @@ def test_every_tenth_of_ones_own_examples_is_held_out(tmp_path, n, held_out):
     assert len(valid) == held_out and len(train) + len(valid) == n == len({*train, *valid})
     assert [int(e.rpartition(" ")[2]) for e in valid] == list(range(0, n, 10))[:held_out]
 
-@pytest.mark.parametrize("args, asked", [([], ft.INSTRUCTION_PROMPTS[:3]), (["--task", "moral"], ["What?"]), (["--data", "x"], ["What?"])])
+@pytest.mark.parametrize("args, asked", [([], ft.SHOWN), (["--task", "moral"], ["What?"]), (["--data", "x"], ["What?"])])
 def test_the_report_asks_what_was_learned(tiny, tmp_path, monkeypatch, args, asked):
     result = run(tiny, tmp_path/"a", max_steps=1)
     (result.out_dir/"more").write_bytes(bytes(5_000_000 - sum(p.stat().st_size for p in result.out_dir.iterdir())))
     prompts = []
-    monkeypatch.setattr(ft, "side_by_side", lambda model, tok, p: prompts.extend(p) or [])
+    monkeypatch.setattr(ft, "side_by_side", lambda model, tok, p, n: prompts.extend(p) or [])
+    monkeypatch.setattr(ft, "glance_table", lambda model, tok, asked: f"table of {len(asked)}")
     assert "(5000 KB)" in ft.report(result, ft.parser().parse_args(args), ["[INST] What?[/INST] That."])
     assert prompts == asked
 
@@ -350,15 +352,31 @@ def test_a_run_of_the_sweep_is_the_main_job_scored_on_answers(tiny, monkeypatch)
     row = ft._full_run(1e-3, False, 1)
     loss = lambda masked: ft.example_loss(results[0].model, ft.encoded_batches(ft.encode_examples(held_out, results[0].tok, 288, masked), 8, results[0].tok.pad))
     assert row["answer_loss"] == pytest.approx(loss(True), rel=1e-6) and abs(loss(True) - loss(False)) > 1e-3
-    assert made == [dict(lr=1e-3, mask_prompt=False, seed=1, seq_len=OPTIONS["seq_len"][0], examples=(204, 60))]
-    assert row.keys() == {"answer_loss", "seconds"} and 1 < row["answer_loss"] < 20
+    assert made == [dict(lr=1e-3, mask_prompt=False, seed=1, seq_len=OPTIONS["seq_len"][0], examples=tuple(len(bundled_stories(s)) for s in ("train", "valid")))]
+    assert row.keys() == {"answer_loss", "has", "seconds"} and 0 <= row["has"] <= 1 and 1 < row["answer_loss"] < 20
 
 def test_both_sides_are_sampled_alike():
     (base, tok), model = load_base(), load_with_lora(None, ASSETS/"adapters/instruct")
     prompts = ["Tell me a story about a dog.", "Tell me a story."]
     asked = [f"[INST] {p}[/INST]" for p in prompts]
     how = dict(max_new_tokens=30, temperature=0.6, top_p=0.9, seed=5)
-    assert ft.side_by_side(model, tok, prompts, 30, seed=5) == list(zip(prompts, generate(base, tok, asked, **how), generate(model, tok, asked, **how)))
+    stripped = lambda m: [text.strip() for text in generate(m, tok, asked, **how)]
+    assert ft.side_by_side(model, tok, prompts, 30, seed=5) == list(zip(prompts, stripped(base), stripped(model)))
+    told = ft.before_after(model, tok, prompts, 30, seed=5)
+    assert [s.text for s in told["fine-tuned"]] == stripped(model) and [s.prompt for s in told["base"]] == prompts
+
+def test_the_table_counts_what_was_told(monkeypatch):
+    monkeypatch.setattr(ft, "before_after", lambda model, tok, prompts: {"base": [Sample(p, "No.", False) for p in prompts],
+        "fine-tuned": [Sample(p, "Once " + p, True) for p in prompts]})
+    first, asked, *_ = ft.glance_table(None, None, [("dog", "ball"), ("cat", "hat")]).splitlines()
+    assert first.split() == ["base", "fine-tuned"] and re.findall(r"(\d+)% \(", asked) == ["0", "100"]
+
+def test_stories_for_the_log(monkeypatch, tmp_path):
+    monkeypatch.setattr(ft, "ASKED", ft.ASKED[:2])
+    model = load_with_lora(None, ASSETS/"adapters/instruct")
+    rows = ft._tell(model, tmp_path/"log.jsonl")
+    assert rows == read_jsonl(tmp_path/"log.jsonl") and [r["by"] for r in rows] == ["base"] * 2 + ["fine-tuned"] * 2 + ["free"] * 2
+    assert all(r["text"] and len(r["things"]) == 2 for r in rows) and {r["prompt"] for r in rows if r["by"] == "free"} == {""}
 
 def test_as_a_module(tmp_path):
     said = subprocess.run([sys.executable, "-m", "tiny_llm.finetune", "--help"], capture_output=True, text=True, timeout=100, cwd=tmp_path)

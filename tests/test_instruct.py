@@ -3,7 +3,8 @@ import json, warnings
 import pytest, torch
 from tiny_llm.data import ASSETS
 from tiny_llm.files import BadFileError
-from tiny_llm.instruct import (IGNORE, INSTRUCTION_PROMPTS, bucketed_batches, collate, encode_examples,
+from tiny_llm.data import bundled_stories
+from tiny_llm.instruct import (DEEDS, IGNORE, INSTRUCTION_PROMPTS, PLAIN_PROMPTS, gaps, spoken, bucketed_batches, collate, encode_examples,
                                format_example, format_prompt, make_instruction_dataset, make_moral_dataset, read_examples)
 from tiny_llm.tokenize import EOT, BPETokenizer
 
@@ -19,17 +20,32 @@ def read(tmp_path):
 
 # --- datasets
 def test_pairing():
-    stories = [f"Story {i}." for i in range(len(INSTRUCTION_PROMPTS) + 3)]
+    stories = [f"Story {i}." for i in range(len(PLAIN_PROMPTS) + 3)]
     out = make_instruction_dataset(stories)
     assert out == make_instruction_dataset([{"story": s} for s in stories]) != make_instruction_dataset(stories, seed=1)
     assert all(o.endswith(f"[/INST] {s}") for o, s in zip(out, stories))
-    assert len({o.split("[/INST]")[0] for o in out}) == len(INSTRUCTION_PROMPTS)  # all are used before one comes back
+    assert len({o.split("[/INST]")[0] for o in out}) == len(PLAIN_PROMPTS)  # all are used before one comes back
     assert make_instruction_dataset([]) == make_moral_dataset([]) == bucketed_batches([], 4) == []
     assert make_instruction_dataset(iter(stories)) == out  # anything that can be looped over
 
-def test_about_fifty_prompts():
-    assert 45 <= len(INSTRUCTION_PROMPTS) == len(set(INSTRUCTION_PROMPTS)) <= 60
-    assert all(format_prompt(p) == f"[INST] {p}[/INST]" for p in INSTRUCTION_PROMPTS)
+def test_forms_and_plain_prompts():
+    assert 50 <= len(INSTRUCTION_PROMPTS) == len(set(INSTRUCTION_PROMPTS)) and not any(gaps(p) for p in PLAIN_PROMPTS)
+    assert all(format_prompt(p) == f"[INST] {p}[/INST]" and set(gaps(p)) <= {"words", "theme", "deed"} for p in INSTRUCTION_PROMPTS)
+    assert set(DEEDS) == {r["theme"] for r in bundled_stories()}
+
+def test_a_record_is_asked_for_with_its_own_fields():
+    ask = lambda **fields: [e.split("[/INST]")[0] for e in make_instruction_dataset([dict(story="A fox.", **fields)] * 100)]
+    both, words, theme = ask(words=["fox", "egg"], theme="sharing"), ask(words=["fox", "egg"]), ask(theme="being early")
+    assert all("a fox and an egg" in p for p in words) and all("being early" in p for p in theme) and len(set(both)) == len(INSTRUCTION_PROMPTS)
+    assert all(("a fox and an egg" in p) + ("sharing" in p) + ("shares" in p) >= 1 for p in both)
+    assert ask(words=None, theme=None)[0].removeprefix("[INST] ") in PLAIN_PROMPTS
+
+@pytest.mark.parametrize("words", ["fox", [], 3, [3], ["a", ""], ["[INST]"], {"fox": 1}])
+def test_bad_words_are_named(words):
+    with pytest.raises(ValueError, match="record 0: field 'words'"): make_instruction_dataset([dict(story="A fox.", words=words)])
+
+@pytest.mark.parametrize("words, said", [(["dog"], "a dog"), (["owl", "milk"], "an owl and milk"), (("dog", "ball", "egg"), "a dog, a ball and an egg")])
+def test_spoken(words, said): assert spoken(words) == said
 
 def test_question_before_story():
     assert make_moral_dataset([{"story": " A fox.\n", "moral": "Be kind. "}]) == ["[INST] What is the moral of this story? A fox.[/INST] Be kind."]

@@ -5,18 +5,18 @@ from tiny_llm.data import ASSETS, bundled_stories
 from tiny_llm.files import read_jsonl
 from tiny_llm.generate import load_base
 from tiny_llm.instruct import make_moral_dataset, format_example
-from tiny_llm.moral import MORALS, VARIANTS, bootstrap, calibrated, main, moral_pairs, moral_prompt, moral_scores, thinned, wilson
+from tiny_llm.moral import MORALS, VARIANTS, bootstrap, calibrated, likeliest_morals, main, moral_pairs, moral_prompt, moral_scores, thinned, wilson
 
-@pytest.mark.parametrize("n", [11, 12, 13, 50, 204])
+@pytest.mark.parametrize("n", [11, 12, 13, 50, 200])
 def test_pairs_are_balanced_and_depend_on_the_seed(n):
     pairs = moral_pairs(n, seed=3)
     counts = [sum(r["moral"] == m for r in pairs) for m in MORALS]
     assert len({r["story"] for r in pairs}) == n and max(counts) - min(counts) <= 1 and pairs == moral_pairs(n, seed=3)
     assert pairs != moral_pairs(n, seed=4) and all(r["split"] == "train" for r in pairs)
 
-@pytest.mark.parametrize("n", [0, -1, 205])
+@pytest.mark.parametrize("n", [0, -1, 10_000])
 def test_too_many_pairs(n):
-    with pytest.raises(ValueError, match="1 to 204"): moral_pairs(n)
+    with pytest.raises(ValueError, match=f"1 to {len(bundled_stories('train'))}"): moral_pairs(n)
 
 def test_fewer_pairs_are_the_first_of_more(): assert moral_pairs(50, 1)[:25] == moral_pairs(25, 1)
 
@@ -53,6 +53,28 @@ def test_scores_are_log_probabilities_of_exclusive_answers():
     model, tok = load_base(device="cpu")
     scores = moral_scores(model, tok, bundled_stories("valid")[:2])
     assert scores.shape == (2, 12) and (scores.exp().sum(1) < 1).all()
+
+def test_likeliest_morals_are_the_scores_as_probabilities():
+    model, tok = load_base(device="cpu")
+    r = bundled_stories("valid")[0]
+    p = moral_scores(model, tok, [r])[0].softmax(0)
+    guesses = likeliest_morals(model, tok, r["story"], 12)
+    assert {m for m, _ in guesses} == set(MORALS) and [q for _, q in guesses] == pytest.approx(sorted(p.tolist(), reverse=True))
+    assert all(q == pytest.approx(p[MORALS.index(m)].item()) for m, q in guesses) and likeliest_morals(model, tok, r["story"]) == guesses[:3]
+
+@pytest.mark.parametrize("story, says", [("", "empty"), (" \n", "empty"), ("A dog ran. " * 200, "room for"), ("[INST]", "reserved"), (None, "empty")])
+def test_a_story_that_cannot_be_asked_about(story, says):
+    with pytest.raises(ValueError, match=says): likeliest_morals(*load_base(device="cpu"), story)
+
+def test_the_command_names_three_morals(capsys):
+    main(["Tom had a big cake. He gave half of it to Sue. They both ate, and they both were happy."])
+    rows = [line.split("%  ") for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 3 and all(moral in MORALS and 0 <= float(share) <= 100 for share, moral in rows)
+
+@pytest.mark.parametrize("argv", [[""], ["A dog.", "--adapter", "nowhere"]])
+def test_the_command_refuses_in_one_line(argv, capsys):
+    with pytest.raises(SystemExit) as e: main(argv)
+    assert e.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 def test_a_complete_log_is_left_as_it_is(tmp_path):
     shutil.copy(ASSETS/"moral_log.jsonl", log := tmp_path/"log.jsonl")

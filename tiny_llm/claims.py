@@ -78,15 +78,17 @@ def short_run(
     return run.valid_losses[-1][1], {n: m.delta_weight().detach().cpu() for n, m in lora_modules(run.model).items()}
 
 # %% ../nbs/further/08_claims.ipynb #2491afc2
-RATES = {False: 1e-3, True: 1e-2} # of full fine-tuning, of LoRA: the best of those in the log
+RATES = {False: 3e-4, True: 1e-2} # of full fine-tuning, of LoRA: the best of those in the log
 PAIRS = {"rank 8 and 64, one seed": (8, 64, 0), "rank 8 and 64, two seeds": (8, 64, 1), "rank 8, two seeds": (8, 8, 1), "rank 64, two seeds": (64, 64, 1),
          "full, two seeds": (0, 0, 1), "rank 8 and full, one seed": (8, 0, 0)} # ranks, and how far apart the seeds are
+
+def _root(r): return 2 * math.sqrt(8 * r) # alpha at rank r with alpha / sqrt(r) constant; 16 at rank 8
 
 def _grid(seed):
     "(r, alpha, lr) of the runs with one seed, each once."
     ranks, some = (1, 2, 8, 32, 64), (2, 8, 32)
-    lora = [(r, 2.0 * r) for r in ranks] + [(r, 16.0) for r in some] + [(r, 2 * math.sqrt(8 * r)) for r in some] # alpha / sqrt(r) is constant
-    rates = [(8, 16.0, lr) for lr in (3e-3, 3e-2)] + [(0, 0.0, lr) for lr in (3e-4, 1e-3, 3e-3)]
+    lora = [(r, 2.0 * r) for r in ranks] + [(r, 16.0) for r in some] + [(r, _root(r)) for r in (*some, 64)] # alpha / sqrt(r) is constant
+    rates = [(8, 16.0, lr) for lr in (3e-3, 3e-2)] + [(0, 0.0, lr) for lr in (1e-4, 3e-4, 1e-3)]
     return [dict(kind="loss", r=r, alpha=a, lr=lr, seed=seed) for r, a, lr in dict.fromkeys([(*x, RATES[True]) for x in lora] + rates)]
 
 SETTINGS = [s for seed in range(3) for s in _grid(seed)]
@@ -105,7 +107,7 @@ def claims_run(
         mean = lambda f: torch.stack([f(d) for d in updates.values()]).mean(0).tolist()
         return dict(loss=loss, norm=mean(torch.linalg.matrix_norm), energy=[round(e, 4) for e in mean(energy)])
     *ranks, apart = PAIRS[pair]
-    one, two = (short_run(r, 2.0 * r, RATES[r > 0], s)[1] for r, s in zip(ranks, (seed, (seed + apart) % 3)))
+    one, two = (short_run(r, _root(r), RATES[r > 0], s)[1] for r, s in zip(ranks, (seed, (seed + apart) % 3)))
     read = [(directions(one[n], 8), directions(two[n], 8)) for n in one]
     phi = lambda k: sum(subspace_overlap(P[:, :k], Q[:, :k]) for P, Q in read) / len(read)
     return dict(overlap=[round(phi(k), 4) for k in TOPS[:4]])

@@ -26,10 +26,10 @@ DATA_DIR = Path(os.environ.get("TINY_LLM_DATA", "~/.cache/tiny_llm")).expanduser
 
 # %% ../nbs/base/03_corpus.ipynb #f8fb3cb6
 def bundled_stories(
-    split: str = None,  # "train", "valid", or None for both
-) -> list:  # dicts with story, theme, moral, split
+    split: str = None,  # "train", "valid" or "test"; None for all three
+) -> list:  # dicts with story, theme, moral, words, split
     "The stories that ship with the package. Raises ValueError for another split"
-    if split not in (None, "train", "valid"): raise ValueError(f"split is 'train' or 'valid', not {split!r}")
+    if split not in (None, "train", "valid", "test"): raise ValueError(f"split is 'train', 'valid' or 'test', not {split!r}")
     with open(ASSETS / "stories.jsonl", encoding="utf-8") as f: records = [json.loads(line) for line in f]
     return [r for r in records if split in (None, r["split"])]
 

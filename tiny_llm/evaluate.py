@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['OWN', 'THINGS', 'METRICS', 'STEPS', 'LOOKS', 'RECIPES', 'SEEDS', 'PLAIN', 'RATES', 'SWEEP', 'JUDGE_PROMPT',
-           'story_nats', 'Estimate', 'estimate', 'difference', 'own_stories', 'Sample', 'sample_stories', 'words',
-           'ngrams', 'distinct', 'repeated', 'copied', 'copy_corpus', 'story_request', 'mentions', 'Metric',
-           'text_values', 'moral_values', 'told_values', 'Report', 'evaluate', 'Comparison', 'compare', 'table_text',
-           'table_html', 'tune', 'plot_comparison', 'look_at', 'likelihood_judge', 'rubric', 'rubric_judge', 'Duel',
-           'duel', 'agreement', 'read_verdict', 'OpenAIJudge', 'write_html', 'compare_adapters', 'main']
+           'story_nats', 'Estimate', 'estimate', 'difference', 'own_stories', 'distinct', 'repeated', 'copied',
+           'copy_corpus', 'story_request', 'Metric', 'text_values', 'moral_values', 'told_values', 'Report', 'evaluate',
+           'Comparison', 'compare', 'table_text', 'table_html', 'tune', 'plot_comparison', 'look_at',
+           'likelihood_judge', 'rubric', 'rubric_judge', 'Duel', 'duel', 'agreement', 'read_verdict', 'OpenAIJudge',
+           'write_html', 'compare_adapters', 'main', 'Sample', 'sample_stories', 'words', 'ngrams', 'mentions']
 
 # %% ../nbs/further/09_evaluate.ipynb #e90cce75
 import argparse, base64, html, io, json, math, re
@@ -21,9 +21,13 @@ from .adapter import load_with_lora
 from .data import ASSETS, bundled_stories, read_stories
 from .files import atomic_path, log_runs, read_jsonl
 from .finetune import _main_job, endless, train_model, with_new_adapters
-from .generate import _until, generate, generate_rows, load_base
+from .generate import generate, load_base
+from .glance import Sample, mentions, ngrams, sample_stories, wilson, words
 from .instruct import IGNORE, collate, encode_examples, format_prompt, make_instruction_dataset
-from .moral import MORALS, calibrated, moral_pairs, moral_scores, say_morals, train_moral, wilson
+from .moral import MORALS, calibrated, moral_pairs, moral_scores, say_morals, train_moral
+
+# %% ../nbs/further/09_evaluate.ipynb #17121840
+_all_ = ["Sample", "sample_stories", "words", "ngrams", "mentions"]
 
 # %% ../nbs/further/09_evaluate.ipynb #5afee81b
 @torch.no_grad()
@@ -102,41 +106,6 @@ def own_stories(
     told = generate(model, tok, [""] * n, max_new_tokens=250, temperature=1, seed=seed)
     return [t.strip() for t in told if t.strip()]
 
-# %% ../nbs/further/09_evaluate.ipynb #229959df
-@dataclass
-class Sample:
-    "A story that a model told."
-    prompt: str # what was asked for
-    text: str # the story
-    stopped: bool # it ended by itself
-
-def sample_stories(
-    model, # a GPT
-    tok, # its tokenizer
-    prompts: list, # P requests
-    seed: int=0, # of the draws
-    temperature: float=0.8, # 0: always the most likely token
-    max_new_tokens: int=240, # a story is cut here
-) -> list: # P of `Sample`
-    "One story for each prompt, all with one seed. Raises `ValueError` where a prompt fills the context."
-    rows = generate_rows(model, tok, [format_prompt(p) for p in prompts], max_new_tokens, seed, temperature=temperature)
-    return [Sample(p, tok.decode(_until(row, tok.eot)).strip(), tok.eot in row) for p, row in zip(prompts, rows)]
-
-# %% ../nbs/further/09_evaluate.ipynb #bb054547
-def words(
-    text: str, # a story
-) -> list: # its words, lower case
-    "Letters and apostrophes; the rest separates."
-    return re.findall(r"[a-z']+", text.lower())
-
-def ngrams(
-    text: str, # a story
-    n: int, # words in each
-) -> list: # tuples of n words, in order
-    "All runs of `n` words."
-    w = words(text)
-    return list(zip(*(w[i:] for i in range(n))))
-
 # %% ../nbs/further/09_evaluate.ipynb #01d9af92
 def distinct(
     texts: list, # N stories
@@ -183,13 +152,6 @@ def story_request(
 ) -> str: # the prompt
     "Ask for a story about something."
     return f"Tell me a story about a {thing}."
-
-def mentions(
-    text: str, # a story
-    thing: str, # one of `THINGS`
-) -> bool: # one of it, or several
-    "Does the story contain the word?"
-    return bool({thing, thing + "s"} & set(words(text)))
 
 # %% ../nbs/further/09_evaluate.ipynb #a714e3f9
 @dataclass(frozen=True)
@@ -345,7 +307,7 @@ def table_html(
     return "<table>" + tr("th", "", [r.name for r in c.reports]) + "".join(tr("td", *row) for row in _cells(c)) + "</table>"
 
 # %% ../nbs/further/09_evaluate.ipynb #9c37a6c5
-STEPS, LOOKS = 24, (6, 12, 24) # about one pass over the bundled stories; when to look
+STEPS, LOOKS = 24, (6, 12, 24) # of eight stories each; when to look
 
 def tune(
     method: str, # "LoRA": rank 8 on the attention layers; "full": every weight
@@ -388,7 +350,7 @@ def _follow(
     if recipe not in RECIPES: raise ValueError(f"recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
     if recipe == "base": return load_base()
     if recipe == "full fine-tune": return tune("full", 5e-4, seed)
-    run = _main_job(seed=seed) if recipe == "instruct adapter" else train_moral(moral_pairs(204), seed)
+    run = _main_job(seed=seed) if recipe == "instruct adapter" else train_moral(moral_pairs(), seed)
     return run.model, run.tok
 
 def _seed_run(recipe, seed):

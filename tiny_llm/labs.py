@@ -18,7 +18,7 @@ from safetensors import safe_open
 from .adapter import load_with_lora
 from .data import ASSETS, bundled_stories
 from .files import atomic_path, log_runs, read_jsonl
-from .finetune import OPTIONS, _main_job, encoded_batches, endless, example_loss, train_model
+from .finetune import OPTIONS, SHOWN, _main_job, encoded_batches, endless, example_loss, train_model
 from .generate import generate, load_base
 from .gpt import GPT, GPTConfig, write_tensors
 from .instruct import encode_examples, format_prompt, make_instruction_dataset
@@ -133,7 +133,7 @@ def cost_data() -> dict: # plain values
     return [dict(name=name, total=sum(p.numel() for p in m.parameters()), layers=layers(m)) for name, m in models.items()]
 
 # %% ../nbs/labs/02_making_the_lab.ipynb #a7812312
-ASK = ["Tell me a story.", "Grandpa, tell me a story!", "Tell me a story about a dog and a red ball."]
+ASK = SHOWN # what the main job shows at its end
 LOG = ASSETS/"lab_log.jsonl"
 
 def lab_examples() -> tuple: # (training examples, held-out examples)
@@ -150,7 +150,7 @@ def lab_encoded(
 def _lab_answers(
     model, # a GPT
     tok, # its tokenizer
-    max_new_tokens: int=100, # most tokens of an answer
+    max_new_tokens: int=200, # most tokens of an answer
 ) -> list: # an answer to each prompt of `ASK`
     "What the model says, sampled with seed 0, temperature 0.6, top-p 0.9."
     said = generate(model, tok, [format_prompt(p) for p in ASK], max_new_tokens, temperature=0.6, top_p=0.9, seed=0)
@@ -615,8 +615,8 @@ def _answer_data(
     by = lambda kind: [r for r in log if r["kind"] == kind]
     full = min(by("full"), key=lambda r: r["valid_loss"])
     runs = [one("Base, not fine-tuned", by("base")[0])] + [one(f"Rank {r['r']}", r) for r in sorted(by("lora"), key=lambda r: r["r"])]
-    about = (f"All trained on the same {len(lab_examples()[0])} stories for {full['max_steps']} steps; the adapters with learning rate 5e-3 and "
-             f"alpha = 2 r, the full fine-tune with the best of three rates, {full['lr']:g}. Loss in nats per token, lower is better. One sample each, seed 0, cut after 100 tokens.")
+    about = (f"All trained on the same {len(lab_examples()[0])} stories for {full['max_steps']} steps; the adapters with learning rate {OPTIONS['lr'][0]:g} and "
+             f"alpha = 2 r, the full fine-tune with the best of three rates, {full['lr']:g}. Loss in nats per token, lower is better. One sample each, seed 0, cut after 200 tokens.")
     lines = [[[r["r"], r["valid_loss"]] for r in sorted(by("lora"), key=lambda r: r["r"])], full["cut"], [[k, by("base")[0]["valid_loss"]] for k in (1, 64)]]
     losses = [loss for line in lines for _, loss in line]
     caption = ("Held-out loss against rank. Solid: an adapter trained at that rank. Dashed: the full fine-tune's updates of all layers in the blocks, "
@@ -771,7 +771,7 @@ def lora_lab_widget(
 # %% ../nbs/labs/02_making_the_lab.ipynb #bdbf985e
 def tune_all(
     lr: float, # highest learning rate
-    max_steps: int=150, # optimizer steps
+    max_steps: int=OPTIONS["max_steps"][0], # optimizer steps
     eval_every: int=25, # steps between validations
     n_valid: int=None, # held-out examples to use; None: all
 ) -> tuple: # (the model at its best validation, in eval mode; tokenizer; its loss)
@@ -814,8 +814,8 @@ def cut_losses(
     return dict(uncut=loss(None), cut=[[r, loss(r)] for r in ranks], error_at_8=errors)
 
 # %% ../nbs/labs/02_making_the_lab.ipynb #71ea630c
-RUNS = [dict(kind="base", r=0, lr=0.0, max_steps=0)] + [dict(kind="full", r=0, lr=lr, max_steps=150) for lr in (1e-4, 3e-4, 1e-3)]
-RUNS += [dict(kind="lora", r=r, lr=5e-3, max_steps=150) for r in (1, 2, 4, 8, 16)]
+RUNS = [dict(kind="base", r=0, lr=0.0, max_steps=0)] + [dict(kind="full", r=0, lr=lr, max_steps=OPTIONS["max_steps"][0]) for lr in (1e-4, 3e-4, 1e-3)]
+RUNS += [dict(kind="lora", r=r, **{k: OPTIONS[k][0] for k in ("lr", "max_steps")}) for r in (1, 2, 4, 8, 16)]
 KEEP_LR = 3e-4 # of the full fine-tune whose update is kept: the lowest held-out loss of the three
 
 def _lab_run(
