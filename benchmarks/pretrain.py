@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from tiny_llm.data import ASSETS, load_ids, prepare
 from tiny_llm.files import write_jsonl
-from tiny_llm.gpt import GPT, load_checkpoint, save_checkpoint
+from tiny_llm.gpt import GPT, apply_rope, load_checkpoint, save_checkpoint
 from tiny_llm.tokenize import BPETokenizer
 from tiny_llm.train import PretrainConfig, make_optimizers, read_state, story_loss, write_state
 
@@ -128,17 +128,13 @@ def batches(stories, room, seed, epoch, rename=None, drop_start=.5, lesson=None)
 
 def _norm(x, w, eps): return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * w
 
-def _rope(x, cos, sin):
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
-
 def _block(x, n1, qkv, o, n2, gate, up, down, cos, sin, bias, keep1, keep2, level, heads: int, eps: float):
     "One block; `keep`: (B, T, C) bytes, kept where at least `level`."
     B, T, C = x.shape
     bf, scale = torch.bfloat16, 256 / (256 - level)
     h = _norm(x, n1, eps).to(bf) @ qkv.to(bf).T
     q, k, v = h.view(B, T, 3, heads, C // heads).permute(2, 0, 3, 1, 4).reshape(3, B * heads, T, C // heads)
-    q, k = _rope(q.float(), cos, sin).to(bf), _rope(k.float(), cos, sin).to(bf)
+    q, k = apply_rope(q.float(), cos, sin).to(bf), apply_rope(k.float(), cos, sin).to(bf)
     a = torch.softmax(torch.bmm(q, k.transpose(1, 2)).float() * (C // heads) ** -.5 + bias, -1).to(bf)
     y = torch.bmm(a, v).view(B, heads, T, C // heads).transpose(1, 2).reshape(B, T, C) @ o.to(bf).T
     x = x + y.float() * (keep1 >= level) * scale

@@ -21,8 +21,8 @@ from .adapter import disable_lora, load_adapter, load_with_lora, save_adapter
 from .data import bundled_stories
 from .files import BadFileError, log_runs, write_jsonl
 from .fast import FastLoss
-from .generate import BASE, _until, generate_rows, load_base
-from .glance import ASKED, TRIED, Sample, at_a_glance, glance_rows, request, sample_stories
+from .generate import BASE, load_base
+from .glance import ASKED, TRIED, _samples, at_a_glance, glance_rows, request, sample_stories
 from .gpt import GPT, fingerprint, read_checkpoint
 from .instruct import *
 from .lora import add_lora_to_model, lora_modules, lora_param_count, lora_parameters, lora_report
@@ -283,6 +283,8 @@ def finetune(base_ckpt, # a checkpoint; None: the shipped base
                          encoded_batches(valid, batch_size, tok.pad), lr, max_steps, eval_every, callback, run, FastLoss(model) if fast else None)
 
 # %% ../nbs/04_train.ipynb #2136fff6
+_CAUTIOUS = dict(temperature=0.6, top_p=0.9) # how the book lets its models tell
+
 def before_after(
     model, # a GPT with LoRA layers
     tok, # its tokenizer
@@ -291,7 +293,7 @@ def before_after(
     seed: int=0, # same for both
 ) -> dict: # "base" and "fine-tuned", each a list of `Sample`
     "Answers without and with the adapter, sampled with the same seed at temperature 0.6, top-p 0.9."
-    how = dict(seed=seed, temperature=0.6, top_p=0.9, max_new_tokens=max_new_tokens)
+    how = dict(seed=seed, max_new_tokens=max_new_tokens, **_CAUTIOUS)
     with disable_lora(model): base = sample_stories(model, tok, prompts, **how)
     return {"base": base, "fine-tuned": sample_stories(model, tok, prompts, **how)}
 
@@ -320,7 +322,7 @@ def _full_run(
     "The main job with another learning rate, masking or seed; nothing is left on disk."
     r, valid = _main_job(lr=lr, mask_prompt=mask_prompt, seed=seed), make_instruction_dataset(bundled_stories("valid"))
     answers = encoded_batches(encode_examples(valid, r.tok, OPTIONS["seq_len"][0], mask_prompt=True), 8, r.tok.pad)
-    told = before_after(r.model, r.tok, [request(pair) for pair in TRIED])["fine-tuned"]
+    told = sample_stories(r.model, r.tok, [request(pair) for pair in TRIED], max_new_tokens=200, **_CAUTIOUS)
     k, n = at_a_glance(told, TRIED)["has all that was asked for"]
     return dict(answer_loss=example_loss(r.model, answers), has=k / n, seconds=round(r.seconds, 1))
 
@@ -432,8 +434,8 @@ def _tell(
     "Stories for all of `ASKED`, and as many that the base tells unasked, in its own voice."
     tok = load_base()[1]
     told = before_after(model, tok, [request(pair) for pair in ASKED])
-    with disable_lora(model): free = generate_rows(model, tok, [""] * len(ASKED), 200, 0, temperature=0.6, top_p=0.9)
-    told["free"] = [Sample("", tok.decode(_until(row, tok.eot)).strip(), tok.eot in row) for row in free]
+    nothing = [""] * len(ASKED)
+    with disable_lora(model): told["free"] = _samples(model, tok, nothing, nothing, 200, 0, **_CAUTIOUS)
     rows = [dict(by=name, things=list(pair), **asdict(s)) for name, samples in told.items() for pair, s in zip(ASKED, samples)]
     write_jsonl(log, rows)
     return rows

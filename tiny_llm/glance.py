@@ -10,7 +10,7 @@ __all__ = ['OPENING', 'MARKS', 'ANIMALS', 'OBJECTS', 'ASKED', 'TRIED', 'Sample',
 import math, re
 from collections import Counter
 from dataclasses import dataclass
-from .generate import _until, generate_rows, load_base
+from .generate import _until, generate_rows
 from .instruct import format_prompt, spoken
 
 # %% ../nbs/base/06_glance.ipynb #4735a675
@@ -20,6 +20,11 @@ class Sample:
     prompt: str # what was asked for
     text: str # the story
     stopped: bool # it ended by itself
+
+def _samples(model, tok, prompts, texts, max_new_tokens, seed, **how):
+    "A `Sample` for each text that the model goes on from; `prompts` says what was asked for."
+    rows = generate_rows(model, tok, texts, max_new_tokens, seed, **how)
+    return [Sample(p, tok.decode(_until(row, tok.eot)).strip(), tok.eot in row) for p, row in zip(prompts, rows)]
 
 def sample_stories(
     model, # a GPT
@@ -31,8 +36,7 @@ def sample_stories(
     top_p: float=None, # keep the fewest tokens that reach this probability
 ) -> list: # P of `Sample`
     "One story for each prompt, all with one seed. Raises `ValueError` where a prompt fills the context."
-    rows = generate_rows(model, tok, [format_prompt(p) for p in prompts], max_new_tokens, seed, temperature=temperature, top_p=top_p)
-    return [Sample(p, tok.decode(_until(row, tok.eot)).strip(), tok.eot in row) for p, row in zip(prompts, rows)]
+    return _samples(model, tok, prompts, [format_prompt(p) for p in prompts], max_new_tokens, seed, temperature=temperature, top_p=top_p)
 
 # %% ../nbs/base/06_glance.ipynb #8e1a7347
 def words(

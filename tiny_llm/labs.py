@@ -18,7 +18,7 @@ from safetensors import safe_open
 from .adapter import load_with_lora
 from .data import ASSETS, bundled_stories
 from .files import atomic_path, log_runs, read_jsonl
-from .finetune import OPTIONS, SHOWN, _main_job, encoded_batches, endless, example_loss, train_model
+from .finetune import OPTIONS, SHOWN, _CAUTIOUS, _main_job, encoded_batches, endless, example_loss, train_model
 from .generate import generate, load_base
 from .gpt import GPT, GPTConfig, write_tensors
 from .instruct import encode_examples, format_prompt, make_instruction_dataset
@@ -153,7 +153,7 @@ def _lab_answers(
     max_new_tokens: int=200, # most tokens of an answer
 ) -> list: # an answer to each prompt of `ASK`
     "What the model says, sampled with seed 0, temperature 0.6, top-p 0.9."
-    said = generate(model, tok, [format_prompt(p) for p in ASK], max_new_tokens, temperature=0.6, top_p=0.9, seed=0)
+    said = generate(model, tok, [format_prompt(p) for p in ASK], max_new_tokens, seed=0, **_CAUTIOUS)
     return [a.strip() for a in said]
 
 # %% ../nbs/labs/02_making_the_lab.ipynb #e2b9a01a

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MORALS', 'ADAPTER', 'VARIANTS', 'moral_pairs', 'moral_prompt', 'thinned', 'train_moral', 'say_morals', 'moral_scores',
-           'calibrated', 'bootstrap', 'likeliest_morals', 'main']
+           'calibrated', 'bootstrap', 'likeliest_morals', 'main', 'wilson']
 
 # %% ../nbs/further/05_moral.ipynb #69d7f857
 import argparse, random, re, tempfile
@@ -118,6 +118,9 @@ def calibrated(
 ) -> torch.Tensor: # (N, M) how much likelier than after the average story
     "Take away what a moral scores after every story."
     return scores - scores.mean(0)
+
+# %% ../nbs/further/05_moral.ipynb #7a1e0006
+_all_ = ["wilson"] # it stood in this chapter once
 
 # %% ../nbs/further/05_moral.ipynb #35da6daa
 VARIANTS = {f"{n} pairs": dict(n=n) for n in (10, 25, 50, 100, 200)} | {
