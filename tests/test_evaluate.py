@@ -5,6 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np, pytest, torch
 from scipy import stats
 import tiny_llm.evaluate as ev
+from tiny_llm import glance
 from tiny_llm.adapter import load_with_lora, save_adapter
 from tiny_llm.data import ASSETS, bundled_stories
 from tiny_llm.evaluate import (METRICS, OWN, STEPS, SWEEP, Duel, Estimate, OpenAIJudge, Report, Sample, agreement, compare, compare_adapters, copied,
@@ -168,7 +169,7 @@ def test_stories_are_those_of_generate(base):
 
 def test_a_story_that_ends(base, monkeypatch):
     eot = base[1].eot
-    monkeypatch.setattr(ev, "generate_rows", lambda *a, **k: [base[1].encode(" A cat") + [eot, eot], base[1].encode(" A cat sat.")[:4]])
+    monkeypatch.setattr(glance, "generate_rows", lambda *a, **k: [base[1].encode(" A cat") + [eot, eot], base[1].encode(" A cat sat.")[:4]])
     told = sample_stories(*base, ["a", "b"])
     assert [s.stopped for s in told] == [True, False] and told[0].text == "A cat"
 
@@ -178,7 +179,7 @@ def test_a_request_that_fills_the_context(base):
 def test_the_bases_own_stories_need_no_learning(base):
     shipped = [r["story"] for r in read_jsonl(OWN)]
     nats, tokens, _ = story_nats(*base, shipped)
-    other = story_nats(*base, [r["story"] for r in bundled_stories("valid")[:20]])
+    other = story_nats(*base, make_instruction_dataset(bundled_stories("valid")[:20])) # what an adapter has to learn
     assert nats.sum() / tokens.sum() < other[0].sum() / other[1].sum() - 0.5
 
 # Reports
@@ -246,7 +247,7 @@ def test_the_log_is_complete_and_left_as_it_is(tmp_path):
     rows = main(["--sweep", str(log)])
     assert log.read_bytes() == (ASSETS/"evaluate_log.jsonl").read_bytes() and len(rows) == len(SWEEP)
     for r in rows:
-        assert [c["step"] for c in r["curve"]] == ([0] if r["method"] == "base" else list(ev.LOOKS)) and len(r["answers"]) == 60 and len(r["own"]) == 40
+        assert [c["step"] for c in r["curve"]] == ([0] if r["method"] == "base" else list(ev.LOOKS)) and len(r["answers"]) == len(bundled_stories("valid")) and len(r["own"]) == 40
         for k in ("answers", "own", "plain"): # the sums belong to the numbers of tokens of the base's row
             total = sum(rows[0][k]) / rows[0]["curve"][0][k]
             assert sum(r[k]) / total == pytest.approx(r["curve"][-1][k], abs=1e-3)
