@@ -378,7 +378,7 @@ def _read(path, seed=0, skip_bad=False, window=8000, masked=True):
     except (ValueError, RecursionError) as e: raise _refusal(path, [str(e)]) from None
     if bad and not (skip_bad and any(examples for _, examples in out)): raise _refusal(path, bad)
     if bad: warnings.warn(f"{path}: skipped {len(bad):,} of {len(bad) + len(out):,} records; {'; '.join(bad[:10])}", stacklevel=3)
-    told = [f"{what} ({n:,} times)" for what, n in read.told.most_common(12) if n]
+    told = [f"{what} ({n:,}x)" for what, n in read.told.most_common(12) if n]
     if told: warnings.warn(f"{path}: {'; '.join(told)}", stacklevel=3)
     return out
 
