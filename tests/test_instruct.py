@@ -232,7 +232,7 @@ def test_masking_a_conversation_leaves_the_last_answer(read, tok):
     ('{"text": null}', "line 1"), ('{"text": "a [/INST] b"}', "line 1"), ('{"story": "A.", "prompt": 5}', "line 1: field 'prompt' is int"), ('{"messages": null}', "line 1"),
     ('{"response": "A"}', "line 1: its fields ['response'] match no layout"), ('{"instruction": "A"}', "line 1: its fields ['instruction'] match no layout"),
     ("5", "line 1: int, not a JSON object"), ('"A fox."', "line 1: str"), ('[{"story": "A."}, 5]', "record 1: int"), ('[{"instruction": "A", "output": "B"}, {"instruction": "A", "output": ["B"]}]', "record 1: field 'output' is list"),
-    ('{"instruction": "A", "input": 0, "output": "B"}', "line 1: field 'input' is int"), ('{"story": "\\ud800"}', "line 1: 'utf-8'"), ("[" * 100_000, "recursion"),
+    ('{"instruction": "A", "input": 0, "output": "B"}', "line 1: field 'input' is int"), ('{"story": "\\ud800"}', "line 1: 'utf-8'"), ("[" * 100_000, "nested too deeply"),
     ('{"text": "[INST] a[/INST] "}', "line 1: the answer is empty"), ('{"text": "[INST] [/INST] b"}', "line 1: the prompt is empty"), ('{"text": "[INST] a b"}', "line 1: field 'text' has"), ('{"text": "[INST] a[/INST] b [INST] c"}', "line 1: field 'text' has"),
     ('{"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, {"role": "user", "content": "C"}]}', "the roles are user, assistant, user"),
     ('{"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": ["B"]}]}', "content of message 1 is list")])
@@ -272,7 +272,7 @@ def test_a_layout_is_chosen_by_fields_that_are_not_null(read):
 
 def test_what_weighs_nothing_is_read_but_not_learned(read):
     turns = [dict(role="user", content="q"), dict(role="assistant", content="BAD", weight=0), dict(role="user", content="r"), dict(role="assistant", content="good", weight=1)]
-    with pytest.warns(UserWarning, match=r"answer of weight 0 is not learned \(1 times\)"): assert read(jsonl(dict(messages=turns))) == ["[INST] q[/INST] BAD [INST] r[/INST] good"]
+    with pytest.warns(UserWarning, match=r"answer of weight 0 is not learned \(1x\)"): assert read(jsonl(dict(messages=turns))) == ["[INST] q[/INST] BAD [INST] r[/INST] good"]
     with pytest.warns(UserWarning, match="not learned"): assert read(jsonl({"instruction": "A", "output": "B", "weight": 0}, talk("q", "a"), talk("s", "t", train=False))) == ["[INST] q[/INST] a"]
     for bad in (0.5, "0", -1, [0]):
         with pytest.raises(BadFileError, match="neither 0 nor 1"): read(jsonl(talk("q", "a", weight=bad)))
@@ -288,9 +288,9 @@ def test_a_tool_call_is_refused(read):
 
 def test_fields_that_nothing_reads_are_counted_once(read):
     rows = [{"instruction": "A", "output": str(i), "id": i + 1, "category": "x" if i else ""} for i in range(5)]
-    with pytest.warns(UserWarning, match=r"data.json: field 'id' is not read \(5 times\); field 'category' is not read \(4 times\)$") as w: read(jsonl(*rows))
+    with pytest.warns(UserWarning, match=r"data.json: field 'id' is not read \(5x\); field 'category' is not read \(4x\)$") as w: read(jsonl(*rows))
     assert len(w) == 1 and w[0].filename.endswith(("instruct.py", "test_instruct.py"))
-    with pytest.warns(UserWarning, match=r"field 'name' is not read \(1 times\)"): read(jsonl(talk("q", "a", name="Eva")))
+    with pytest.warns(UserWarning, match=r"field 'name' is not read \(1x\)"): read(jsonl(talk("q", "a", name="Eva")))
 
 def test_all_bad_records_are_listed_at_once(read):
     rows = [{"instruction": f"q{i}", "output": "" if i % 2 else "a"} for i in range(30)]
@@ -302,7 +302,7 @@ def test_all_bad_records_are_listed_at_once(read):
 
 def test_lines_that_are_no_json_are_skipped_too(read):
     text = jsonl(talk("q", "a")) + '\n{"story":\n' + '{"x":' * 100_000 + "\n5"
-    with pytest.raises(BadFileError, match="3 records cannot be used\nline 2: not valid JSON.*\nline 3: .*recursion.*\nline 4: int"): read(text)
+    with pytest.raises(BadFileError, match="3 records cannot be used\nline 2: not valid JSON.*\nline 3: nested too deeply\nline 4: int"): read(text)
     with pytest.warns(UserWarning, match="skipped 3 of 4"): assert read(text, skip_bad=True) == ["[INST] q[/INST] a"]
     with pytest.raises(BadFileError, match="2 records"): read("5\n6", skip_bad=True)  # nothing is left
 
@@ -329,7 +329,7 @@ def test_gzip_that_is_damaged_or_a_bomb(read, monkeypatch):
     monkeypatch.setattr(ins, "_MOST", 10_000)
     with pytest.raises(BadFileError, match="more than 10,000 bytes when unpacked"): read(gzip.compress(b" " * 10_001), "a.gz")
 
-@pytest.mark.parametrize("start, says", [(b"PK\x03\x04", "zip archive or spreadsheet"), (b"BZh9", "bzip2"), (b"\xfd7zXZ\0", "xz"), (gzip.compress(gzip.compress(b"x")), "gzip twice")])
+@pytest.mark.parametrize("start, says", [(b"PK\x03\x04", "a zip archive or spreadsheet"), (b"BZh9", "bzip2"), (b"\xfd7zXZ\0", "xz"), (gzip.compress(gzip.compress(b"x")), "gzip twice")])
 def test_other_files_are_called_by_name(read, start, says):
     with pytest.raises(BadFileError, match=f"this is {says}"): read(start)
 

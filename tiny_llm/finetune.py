@@ -12,7 +12,7 @@ __all__ = ['SWEEP', 'TASKS', 'OPTIONS', 'SHOWN', 'encoded_batches', 'example_los
            'collate', 'bucketed_batches']
 
 # %% ../nbs/04_train.ipynb #06e7979b
-import argparse, hashlib, json, math, os, random, sys, tempfile, time, warnings
+import argparse, hashlib, json, math, random, sys, tempfile, time, warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -21,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 from .adapter import CONFIG, NOTE, disable_lora, load_with_lora, save_adapter
 from .data import bundled_stories
-from .files import BadFileError, atomic_path, committed, log_runs, owned, probe, read_json, write_jsonl
+from .files import BadFileError, _command, _home, atomic_path, committed, log_runs, owned, probe, read_json, write_jsonl
 from .fast import FastLoss
 from .generate import BASE, load_base
 from .glance import ASKED, TRIED, _samples, at_a_glance, glance_rows, request, sample_stories
@@ -227,7 +227,7 @@ def train_adapter(
     resume: bool=True, # False: throw away what a killed run left in the folder, and replace an adapter
 ) -> FinetuneResult: # the same object, the best adapter on its model
     "Train A and B with AdamW, or go on where the folder was left. Raises `FloatingPointError`, with step and batch; `OSError` if another run is in the folder, `ValueError` if another made the adapter there."
-    result.out_dir = Path(os.path.expanduser(result.out_dir))
+    result.out_dir = _home(result.out_dir)
     if min(max_steps, eval_every) < 1: raise ValueError(f"max_steps={max_steps} and eval_every={eval_every} must be at least 1")
     opt, state = torch.optim.AdamW(lora_parameters(result.model), lr=lr, weight_decay=0.0), Path(result.out_dir)/"state.pt"
     with owned(result.out_dir):
@@ -287,7 +287,7 @@ def with_new_adapters(
 
 def _claim(folder):
     "Own a folder. One that is missing is only tried: it is made when there is something to write."
-    folder = Path(os.path.expanduser(folder))
+    folder = _home(folder)
     return owned(folder) if folder.exists() else nullcontext(probe(folder/CONFIG))
 
 def _encode_valid(examples, *how):
@@ -396,33 +396,31 @@ OPTIONS = dict(r=(8, "rank of the update; more can learn more, and makes a large
     seq_len=(288, "longer examples are cut here, tokens"), seed=(0, "of A and of the order of the examples"),
     eval_every=(50, "steps between validations; a killed run goes on from the last one"))
 
-def _path(text): return Path(os.path.expanduser(text))
-
 def parser():
     "The options of `python -m tiny_llm.finetune`."
     p = argparse.ArgumentParser(prog="python -m tiny_llm.finetune", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Fine-tune the base with LoRA and save the adapter. The same command again goes on with a run that was stopped.")
     p.add_argument("--task", choices=TASKS, default="instruct", help="examples to make of the bundled stories: tell one, or name its moral")
-    p.add_argument("--data", type=_path, help="your own examples instead: .json, .jsonl, .csv, .tsv or .parquet, also .gz, in Alpaca, Dolly, chat, ShareGPT or prompt/completion layout; a tenth, at most 200, is held out")
+    p.add_argument("--data", type=_home, help="your own examples instead: .json, .jsonl, .csv, .tsv or .parquet, also .gz, in Alpaca, Dolly, chat, ShareGPT or prompt/completion layout; a tenth, at most 100, is held out")
     p.add_argument("--skip-bad", action="store_true", help="go on without the records of DATA that cannot be used, and say how many")
-    p.add_argument("--base", type=_path, help="a checkpoint to start from; None: the shipped base")
-    p.add_argument("--out", type=_path, help="the adapter goes to the folder OUT/TASK; None: adapters/TASK, or adapters/NAME for a file of that name in DATA")
+    p.add_argument("--base", type=_home, help="a checkpoint to start from; None: the shipped base")
+    p.add_argument("--out", type=_home, help="the adapter goes to the folder OUT/TASK; None: adapters/TASK, or adapters/NAME for a file of that name in DATA")
     for name, (value, text) in OPTIONS.items():
         p.add_argument("--" + name.replace("_", "-"), type=type(value), default=value, help=text)
     p.add_argument("--targets", nargs="+", default=["attn.qkv", "attn.W_o"], help="linear layers to adapt, by the end of their names, or all-linear")
     p.add_argument("--mask-prompt", action=argparse.BooleanOptionalAction, default=True, help="no loss on the prompt")
     p.add_argument("--fresh", action="store_true", help="throw away what a stopped run left in the folder, and replace another run's adapter")
-    p.add_argument("--sweep", type=_path, metavar="LOG", help="instead: measure learning rates and masking, a line in LOG for each run")
-    p.add_argument("--tell", type=_path, metavar="LOG", help="instead: 96 stories of the base and of the adapter in OUT/TASK, a line in LOG for each")
+    p.add_argument("--sweep", type=_home, metavar="LOG", help="instead: measure learning rates and masking, a line in LOG for each run")
+    p.add_argument("--tell", type=_home, metavar="LOG", help="instead: 96 stories of the base and of the adapter in OUT/TASK, a line in LOG for each")
     return p
 
 # %% ../nbs/04_train.ipynb #792da514
 def _hold_out(records, seed):
-    "(training, held-out examples): about a tenth is held out, at most 200; records that begin alike are on one side."
+    "(training, held-out examples): about a tenth is held out, at most 100; records that begin alike are on one side."
     size, held = {}, set()
     for name, examples in records: size[name] = size.get(name, 0) + len(examples)
     names = [name for name, n in size.items() if n]
-    room = min(200, -(-sum(size.values()) // 10)) if len(names) >= 10 else 0 # too few to spare one
+    room = min(100, -(-sum(size.values()) // 10)) if len(names) >= 10 else 0 # too few to spare one
     for name in random.Random(f"held out {seed}").sample(names, len(names)):
         if size[name] <= room: held.add(name); room -= size[name]
     return tuple([e for name, examples in records if (name in held) == side for e in examples] for side in (False, True))
@@ -507,16 +505,11 @@ def _out(args):
     if args.out or not args.data: return (args.out or Path("adapters"))/args.task
     return Path("adapters")/(args.data.name.split(".")[0] or "data")
 
-def _say(text):
-    "Print; what the console cannot show becomes a question mark."
-    code = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(code, "replace").decode(code))
-
 def _train(args, folder):
     "(the result, examples to ask about)"
     with _claim(folder):
         train, valid = examples_for(args)
-        _say(plan(args, train, valid))
+        print(plan(args, train, valid))
         settings = {name: getattr(args, name) for name in (*OPTIONS, "targets", "mask_prompt")}
         return finetune(args.base, train, valid, folder, **settings, resume=not args.fresh), valid or train
 
@@ -533,18 +526,13 @@ def main(
     p = parser(); args = p.parse_args(argv)
     if args.targets == ["all-linear"]: args.targets = "all-linear"
     folder = _out(args)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _command(p, lambda: _stopped(args, folder)):
         warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
-        try:
-            if args.sweep or args.tell: probe(args.sweep or args.tell)
-            if args.sweep: return log_runs(args.sweep, SWEEP, _full_run)
-            if args.tell: return _tell(load_with_lora(args.base, folder), args.tell)
-            result, examples = _train(args, folder)
-        except (ValueError, OSError, FloatingPointError) as e:
-            first, *more = str(e).splitlines() or [type(e).__name__]
-            p.exit(2, "\n".join([*more, f"{p.prog}: error: {first}\n"]))
-        except KeyboardInterrupt: p.exit(130, f"\nstopped; {_stopped(args, folder)}\n")
-        try: _say(report(result, args, examples))
+        if args.sweep or args.tell: probe(args.sweep or args.tell)
+        if args.sweep: return log_runs(args.sweep, SWEEP, _full_run)
+        if args.tell: return _tell(load_with_lora(args.base, folder), args.tell)
+        result, examples = _train(args, folder)
+        try: print(report(result, args, examples))
         except (Exception, KeyboardInterrupt) as e: warnings.warn(f"the report ended early ({type(e).__name__}: {str(e)[:200]}); the adapter is whole, in {result.out_dir}")
     return result
 

@@ -8,12 +8,12 @@ __all__ = ['INST', 'END_INST', 'INSTRUCTION_PROMPTS', 'DEEDS', 'PLAIN_PROMPTS', 
            'read_examples', 'encode_examples', 'collate', 'bucketed_batches']
 
 # %% ../nbs/03_data.ipynb #dd2a2fd1
-import csv, gzip, io, json, os, random, re, warnings, zlib
+import csv, gzip, io, json, random, re, warnings, zlib
 from collections import Counter
 from itertools import cycle
 from pathlib import Path
 import torch
-from .files import BadFileError, read_json
+from .files import BadFileError, _home, read_json
 
 # %% ../nbs/03_data.ipynb #aec1abe9
 INST, END_INST = "[INST]", "[/INST]"
@@ -297,7 +297,7 @@ def _lines(text):
         if not line.strip(): continue
         try: r = read_json(line)
         except json.JSONDecodeError as e: r = ValueError(f"not valid JSON ({e.msg})")
-        except (ValueError, RecursionError) as e: r = e
+        except ValueError as e: r = e
         yield f"line {n}: ", r
 
 # %% ../nbs/03_data.ipynb #ec12fc76
@@ -305,7 +305,7 @@ def _json(text):
     "(place, record or error) for each record of a JSON or JSONL text."
     listed = text.lstrip().startswith("[")
     try: whole = read_json(text)
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         if not listed: return _lines(text) # which names the line
         if isinstance(e, json.JSONDecodeError): raise ValueError(f"line {e.lineno}: not valid JSON ({e.msg})") from None
         raise
@@ -367,7 +367,7 @@ def _refusal(path, bad):
 
 def _read(path, seed=0, skip_bad=False, window=8000, masked=True):
     "[(what a record is known by, its examples), ...]. Raises as `read_examples` does."
-    path, read, out, bad = Path(os.path.expanduser(path)), _Reader(seed, window, masked), [], []
+    path, read, out, bad = _home(path), _Reader(seed, window, masked), [], []
     try:
         for place, r in _records(path):
             try:
@@ -375,7 +375,7 @@ def _read(path, seed=0, skip_bad=False, window=8000, masked=True):
                 out.append(read(r))
             except (ValueError, RecursionError) as e: bad.append(f"{place}{e}")
         if not bad and not any(examples for _, examples in out): raise ValueError("there are no examples in it")
-    except (ValueError, RecursionError) as e: raise _refusal(path, [str(e)]) from None
+    except ValueError as e: raise _refusal(path, [str(e)]) from None
     if bad and not (skip_bad and any(examples for _, examples in out)): raise _refusal(path, bad)
     if bad: warnings.warn(f"{path}: skipped {len(bad):,} of {len(bad) + len(out):,} records; {'; '.join(bad[:10])}", stacklevel=3)
     told = [f"{what} ({n:,}x)" for what, n in read.told.most_common(12) if n]
