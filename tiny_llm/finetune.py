@@ -130,6 +130,7 @@ def keep_best(
         save_adapter(result.model, result.out_dir)
         if run: _sign(result.out_dir, run)
 
+# %% ../nbs/04_train.ipynb #f7059745
 def _made_by(folder):
     "What `_sign` noted in an adapter's folder; {} where there is none."
     try: return dict(read_json(committed(folder, NOTE).read_text(encoding="utf-8"))["run"])
@@ -227,10 +228,9 @@ def train_adapter(
     resume: bool=True, # False: throw away what a killed run left in the folder, and replace an adapter
 ) -> FinetuneResult: # the same object, the best adapter on its model
     "Train A and B with AdamW, or go on where the folder was left. Raises `FloatingPointError`, with step and batch; `OSError` if another run is in the folder, `ValueError` if another made the adapter there."
-    result.out_dir = _home(result.out_dir)
     if min(max_steps, eval_every) < 1: raise ValueError(f"max_steps={max_steps} and eval_every={eval_every} must be at least 1")
-    opt, state = torch.optim.AdamW(lora_parameters(result.model), lr=lr, weight_decay=0.0), Path(result.out_dir)/"state.pt"
-    with owned(result.out_dir):
+    opt, state = torch.optim.AdamW(lora_parameters(result.model), lr=lr, weight_decay=0.0), _home(result.out_dir)/"state.pt"
+    with owned(state.parent):
         _begin(result, opt, valid, state, run, resume)
         stream.step, start = len(result.losses), time.perf_counter() - result.seconds
         for step in (bar := tqdm(range(stream.step + 1, max_steps + 1), initial=stream.step, total=max_steps, bar_format=_BAR)):
@@ -238,10 +238,7 @@ def train_adapter(
             if step % eval_every == 0 or step == max_steps: _checkpoint(result, opt, valid, step, start, state, run)
             bar.set_postfix(progress(result), refresh=False)
             if callback: callback(step, result.losses[-1])
-        if run: state.unlink(missing_ok=True)
-    with torch.no_grad(): [p.copy_(kept) for p, kept in zip(lora_parameters(result.model), result.best)]
-    result.model.eval()
-    return result
+        return _finished(result, state, run)
 
 # %% ../nbs/04_train.ipynb #633ef6bd
 _BAR = "{percentage:3.0f}% {bar:20} step {n_fmt}/{total_fmt}, {remaining} left{postfix}" # one short line
@@ -253,15 +250,6 @@ def progress(
     valid = dict(valid=f"{result.valid_losses[-1][1]:.3f}") if result.valid_losses else {}
     return dict(loss=f"{result.losses[-1]:.3f}", **valid, tok_s=f"{result.tokens_per_second:,.0f}")
 
-def _begin(result, opt, valid, state, run, resume): # as in `train_adapter`
-    "Go on from the state in the folder, or begin. Raises `ValueError` if another run made the adapter there."
-    if run and not resume: state.unlink(missing_ok=True)
-    if run and state.exists(): return load_finetune_state(state, result, opt, run)
-    other, made = [], _made_by(state.parent)
-    if run and resume and committed(state.parent, CONFIG).exists(): other = _differences(made, run) if made else ["made elsewhere"]
-    if other: raise ValueError(f"{state.parent} has the adapter of another run ({'; '.join(other)}): choose another folder (--out), {_AGAIN}")
-    keep_best(result, valid, 0)
-
 def _checkpoint(
     result, opt, valid, step, start, # as in `train_adapter`; `start` is when the run would have begun in one sitting
     state: Path, # where the state goes
@@ -271,6 +259,25 @@ def _checkpoint(
     keep_best(result, valid, step, run)
     result.seconds = time.perf_counter() - start
     if run: save_finetune_state(state, result, opt, run)
+
+# %% ../nbs/04_train.ipynb #633ef6bf
+def _begin(result, opt, valid, state, run, resume): # as in `train_adapter`
+    "Go on from the state in the folder, or begin. Raises `ValueError` if another run made the adapter there."
+    result.out_dir = state.parent
+    if run and not resume: state.unlink(missing_ok=True)
+    if run and state.exists(): return load_finetune_state(state, result, opt, run)
+    made, there = _made_by(state.parent), committed(state.parent, CONFIG).exists()
+    if run and resume and there and (not made or _differences(made, run)):
+        how = "; ".join(_differences(made, run)) if made else "made elsewhere"
+        raise ValueError(f"{state.parent} has the adapter of another run ({how}): choose another folder (--out), {_AGAIN}")
+    keep_best(result, valid, 0)
+
+def _finished(result, state, run):
+    "The result, its own best adapter on its model; the state is not needed any more."
+    if run: state.unlink(missing_ok=True)
+    with torch.no_grad(): [p.copy_(kept) for p, kept in zip(lora_parameters(result.model), result.best)]
+    result.model.eval()
+    return result
 
 # %% ../nbs/04_train.ipynb #d7a39043
 def with_new_adapters(
@@ -290,11 +297,12 @@ def _claim(folder):
     folder = _home(folder)
     return owned(folder) if folder.exists() else nullcontext(probe(folder/CONFIG))
 
-def _encode_valid(examples, *how):
-    "Held-out examples, encoded. That all are too long is said, and no error."
-    try: return encode_examples(examples, *how) if examples else []
+def _batches(train, valid, tok, seq_len, mask_prompt, batch_size, seed):
+    "(the stream to train on, the batches to validate on, all that is in them). That no held-out example fits is said, and no error."
+    train, texts, valid = encode_examples(train, tok, seq_len, mask_prompt) if train else [], valid, []
+    try: valid = encode_examples(texts, tok, seq_len, mask_prompt) if texts else []
     except _Nothing as e: warnings.warn(f"nothing can be validated, so the latest adapter is kept: {e}", stacklevel=3)
-    return []
+    return endless(train, batch_size, tok.pad, seed), encoded_batches(valid, batch_size, tok.pad), [train, valid]
 
 # %% ../nbs/04_train.ipynb #33fda844
 def finetune(base_ckpt, # a checkpoint; None: the shipped base
@@ -318,11 +326,9 @@ def finetune(base_ckpt, # a checkpoint; None: the shipped base
     "Fine-tune A and B, keep the adapter with the lowest validation loss (arXiv 2106.09685, section 4.2). Raises as `train_adapter` does."
     with _claim(out_dir): # before the work
         model, tok = with_new_adapters(base_ckpt, r, alpha, targets, seed)
-        train = encode_examples(train_examples, tok, seq_len, mask_prompt) if train_examples else []
-        valid = _encode_valid(valid_examples, tok, seq_len, mask_prompt)
-        run = describe_finetune(model, [train, valid], lr=lr, max_steps=max_steps, batch_size=batch_size, seq_len=seq_len, mask_prompt=mask_prompt, seed=seed, eval_every=eval_every, fast=fast)
-        return train_adapter(FinetuneResult(model, tok, out_dir), endless(train, batch_size, tok.pad, seed), encoded_batches(valid, batch_size, tok.pad),
-                             lr, max_steps, eval_every, callback, run, FastLoss(model) if fast else None, resume)
+        stream, valid, encoded = _batches(train_examples, valid_examples, tok, seq_len, mask_prompt, batch_size, seed)
+        run = describe_finetune(model, encoded, lr=lr, max_steps=max_steps, batch_size=batch_size, seq_len=seq_len, mask_prompt=mask_prompt, seed=seed, eval_every=eval_every, fast=fast)
+        return train_adapter(FinetuneResult(model, tok, out_dir), stream, valid, lr, max_steps, eval_every, callback, run, FastLoss(model) if fast else None, resume)
 
 # %% ../nbs/04_train.ipynb #2136fff6
 _CAUTIOUS = dict(temperature=0.6, top_p=0.9) # how the book lets its models tell
@@ -414,7 +420,7 @@ def parser():
     p.add_argument("--tell", type=_home, metavar="LOG", help="instead: 96 stories of the base and of the adapter in OUT/TASK, a line in LOG for each")
     return p
 
-# %% ../nbs/04_train.ipynb #792da514
+# %% ../nbs/04_train.ipynb #103bef6b
 def _hold_out(records, seed):
     "(training, held-out examples): about a tenth is held out, at most 100; records that begin alike are on one side."
     size, held = {}, set()
@@ -425,6 +431,7 @@ def _hold_out(records, seed):
         if size[name] <= room: held.add(name); room -= size[name]
     return tuple([e for name, examples in records if (name in held) == side for e in examples] for side in (False, True))
 
+# %% ../nbs/04_train.ipynb #792da514
 def examples_for(
     args, # from `parser`
 ) -> tuple: # (training examples, held-out examples)
@@ -499,7 +506,7 @@ def _tell(
     write_jsonl(log, rows)
     return rows
 
-# %% ../nbs/04_train.ipynb #d84d1005
+# %% ../nbs/04_train.ipynb #d84d1004
 def _out(args):
     "The adapter's folder."
     if args.out or not args.data: return (args.out or Path("adapters"))/args.task
@@ -519,6 +526,7 @@ def _stopped(args, folder):
     if args.tell or not (folder/"state.pt").exists(): return "nothing was saved yet; the same command begins again"
     return f"the same command{' without --fresh' * args.fresh} goes on from the last validation"
 
+# %% ../nbs/04_train.ipynb #d84d1005
 def main(
     argv: list=None, # command line; None: the real one
 ) -> FinetuneResult: # of the run; the lines of the log with --sweep

@@ -257,38 +257,38 @@ def _layout(r):
 # %% ../nbs/03_data.ipynb #afe2f571
 _STRANGE = set("tools functions tool_calls function_call image images video videos audio audios chosen rejected".split())
 
+def _look(r, known, told):
+    "Count the fields that are not read. Raises ValueError for one that changes what the answer means."
+    more = [k for k, v in r.items() if k not in known.split() and v not in (None, "", [], {})]
+    strange = [k for k in more if k in _STRANGE or k == "label" and r[k] is False] # an answer that is marked as bad
+    if strange: raise ValueError(f"field {strange[0]!r} changes what the answer means, and is not supported")
+    told.update(f"field {str(k)[:40]!r} is not read" for k in more)
+
+def _answers(system, turns, window, masked, told):
+    "An example for each answer that is learned: the turns so far are its prompt, but for the oldest beyond `window` characters."
+    texts, first, size = [format_example(p, a) for p, a, _ in turns], 0, len(system)
+    if len(turns) > 1 and size > window: raise ValueError(f"its system text alone has more than {window:,} characters")
+    for n, (text, (*_, learn)) in enumerate(zip(texts, turns)):
+        size += len(text)
+        while size > window and first < n: size, first = size - len(texts[first]), first + 1
+        if learn and not masked and any(l is False for *_, l in turns[first:n]): raise ValueError("an answer of weight 0 would be learned with the prompt")
+        told.update({"answer of weight 0 is not learned": learn is False, "oldest turns of a long conversation are left out": bool(learn and first)})
+        said = " ".join(texts[first:n + 1])
+        if learn: yield f"{INST} {system}\n{said.removeprefix(INST + ' ')}" if system else said
+
+# %% ../nbs/03_data.ipynb #afe2f572
 class _Reader:
     "Turns records into examples, and counts what is left out."
-    def __init__(self, seed, window, masked): self.ask, self.window, self.masked, self.told = prompter(seed), window, masked, Counter()
-
+    def __init__(self, seed, window, masked): self.ask, self.how, self.told = prompter(seed), (window, masked), Counter()
     def __call__(self, r): # (what the record is known by, its examples)
         fields, more, turns_of = _layout(r)
         system, turns = turns_of(r)
-        self.look(r, f"{fields} {more} system weight")
-        for m in r[fields] if fields in ("messages", "conversations") else (): self.look(m, "role from content value weight train loss")
+        _look(r, f"{fields} {more} system weight", self.told)
+        for m in r[fields] if fields in ("messages", "conversations") else (): _look(m, "role from content value weight train loss", self.told)
         if not _learned(r, "weight"): turns = [(p, a, False) for p, a, _ in turns]
         name = " ".join(f"{turns[0][0] or ''} {turns[0][1]}".split()).casefold()
         turns = [(self.ask(r if "story" in r else "") if p is None else p, a, learn) for p, a, learn in turns]
-        return name, list(self.examples("\n".join(filter(None, [_optional(r, "system"), system])), turns))
-
-    def look(self, r, known):
-        "Count the fields that are not read. Raises ValueError for one that changes what the answer means."
-        more = [k for k, v in r.items() if k not in known.split() and v not in (None, "", [], {})]
-        strange = [k for k in more if k in _STRANGE or k == "label" and r[k] is False] # an answer that is marked as bad
-        if strange: raise ValueError(f"field {strange[0]!r} changes what the answer means, and is not supported")
-        self.told.update(f"field {str(k)[:40]!r} is not read" for k in more)
-
-    def examples(self, system, turns):
-        "One for each answer that is learned: the turns so far are its prompt, but for the oldest beyond `window` characters."
-        texts, first, size = [format_example(p, a) for p, a, _ in turns], 0, len(system)
-        if len(turns) > 1 and size > self.window: raise ValueError(f"its system text alone has more than {self.window:,} characters")
-        for n, (text, (*_, learn)) in enumerate(zip(texts, turns)):
-            size += len(text)
-            while size > self.window and first < n: size, first = size - len(texts[first]), first + 1
-            if learn and not self.masked and any(l is False for *_, l in turns[first:n]): raise ValueError("an answer of weight 0 would be learned with the prompt")
-            self.told.update({"answer of weight 0 is not learned": learn is False, "oldest turns of a long conversation are left out": bool(learn and first)})
-            said = " ".join(texts[first:n + 1])
-            if learn: yield f"{INST} {system}\n{said.removeprefix(INST + ' ')}" if system else said
+        return name, list(_answers("\n".join(filter(None, [_optional(r, "system"), system])), turns, *self.how, self.told))
 
 # %% ../nbs/03_data.ipynb #66830c1f
 def _lines(text):
@@ -382,6 +382,7 @@ def _read(path, seed=0, skip_bad=False, window=8000, masked=True):
     if told: warnings.warn(f"{path}: {'; '.join(told)}", stacklevel=3)
     return out
 
+# %% ../nbs/03_data.ipynb #b4afa0fd
 def read_examples(
     path,  # a .json, .jsonl, .csv, .tsv or .parquet file, or one of these gzipped; UTF-8
     seed: int = 0,  # which prompt goes to a story that has none

@@ -73,7 +73,7 @@ MUTANTS = [
         ("a state forgets the random numbers", "    set_random_state(state[\"rng\"])\n", ""),
         ("a state of another run is accepted", "if other: raise", "if False: raise"),
         ("padding counts as tokens trained on", "(x != result.tok.pad).sum().item()", "x.numel()"),
-        ("weight decay on A and B", "lr=lr, weight_decay=0.0), Path", "lr=lr, weight_decay=0.1), Path"),
+        ("weight decay on A and B", "lr=lr, weight_decay=0.0), _home", "lr=lr, weight_decay=0.1), _home"),
     ),
     *of("05_load_merge",
         ("switched off for ever", "for n, layer in layers.items(): _replace(model, n, layer)", "pass"),
