@@ -305,7 +305,7 @@ def test_command_line(tmp_path, capsys):
     main(["--data", str(data), "--out", str(tmp_path/"out"), "--max-steps", "2", "--targets", "all-linear", "--r", "2"])
     said = capsys.readouterr().out
     total = sum(p.numel() for p in load_base()[0].parameters())
-    loaded = load_with_lora(None, tmp_path/"out"/"instruct")
+    loaded = load_with_lora(None, tmp_path/"out"/"mine")
     trained = sum(p.numel() for p in lora_parameters(loaded))
     assert f"{total:,} of {total:,} parameters" in said and f"{trained:,} of {total + trained:,} are trainable" in said
     assert "Trained" in said and said.count("fine-tuned:") == 2 and "Loss on held-out answers" in said
@@ -334,13 +334,13 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, args, s
 def test_another_run_on_the_command_line_needs_fresh(tiny, tmp_path, capsys):
     data = tmp_path/"mine.jsonl"
     data.write_text("\n".join('{"instruction": "Name animal %d.", "output": "A fox."}' % i for i in range(12)))
-    (tmp_path/"instruct").mkdir()
-    (tmp_path/"instruct"/"state.pt").write_bytes(b"")
+    (tmp_path/"mine").mkdir()
+    (tmp_path/"mine"/"state.pt").write_bytes(b"")
     args = ["--data", str(data), "--base", str(tiny), "--out", str(tmp_path), "--max-steps", "1"]
     with pytest.raises(SystemExit): main(args)
     assert "--fresh" in capsys.readouterr().err
     main([*args, "--fresh"])
-    assert names(tmp_path/"instruct") == ADAPTER
+    assert names(tmp_path/"mine") == ADAPTER
 
 @pytest.mark.parametrize("there, args, said", [(False, [], "nothing was saved yet; the same command begins again"), (True, [], "the same command goes on from the last validation"),
     (True, ["--fresh"], "the same command without --fresh goes on"), (True, ["--tell", "log"], "nothing was saved"), (True, ["--sweep", "log"], "the runs that are missing")])
@@ -361,7 +361,7 @@ def asks(n, **fields): return [dict(instruction=f"Name animal {i}.", output="A f
 def test_a_prompt_that_is_too_long_to_ask_ends_nothing(tiny, tmp_path, capsys, i, n):
     rows = [dict(r, instruction="very long " * 600) if j == i or n == 12 and j < 6 else r for j, r in enumerate(asks(n))]
     main(["--data", own(tmp_path/"l.jsonl", *rows), "--base", str(tiny), "--out", str(tmp_path), "--max-steps", "1"])
-    assert "The adapter is in" in capsys.readouterr().out and load_with_lora(tiny, tmp_path/"instruct")
+    assert "The adapter is in" in capsys.readouterr().out and load_with_lora(tiny, tmp_path/"l")
 
 def test_nothing_to_ask_and_a_report_that_fails(tiny, tmp_path, capsys, monkeypatch):
     result = run(tiny, tmp_path/"a", max_steps=1)
@@ -371,7 +371,7 @@ def test_nothing_to_ask_and_a_report_that_fails(tiny, tmp_path, capsys, monkeypa
         def fails(*args): raise error
         monkeypatch.setattr(ft, "report", fails)
         result = main(["--data", own(tmp_path/"m.jsonl", *asks(12)), "--base", str(tiny), "--out", str(tmp_path), "--max-steps", "1"])
-        assert f"the report ended early ({type(error).__name__}" in (err := capsys.readouterr().err) and str(tmp_path/"instruct") in err and result.losses
+        assert f"the report ended early ({type(error).__name__}" in (err := capsys.readouterr().err) and str(tmp_path/"m") in err and result.losses
 
 def test_a_console_that_cannot_show_a_sign(tiny, tmp_path):
     data = own(tmp_path/"zh.jsonl", *[dict(instruction=f"\u4f60\u597d {i}", output="\u4e16\u754c \U0001F98A") for i in range(12)])
@@ -395,7 +395,7 @@ def test_how_many_examples_will_be_seen():
     assert ft.plan(args, [""] * 18_000, []).endswith("150 steps x 8 = 1,200 of 18,000 examples") and ft.plan(args, [""] * 480, []).endswith("1,200 of 480 examples, each 2.5 times")
 
 @pytest.mark.parametrize("args, folder", [([], "adapters/instruct"), (["--task", "moral"], "adapters/moral"), (["--data", "x/mine.v2.jsonl.gz"], "adapters/mine"), (["--data", ".json"], "adapters/data"),
-    (["--data", "mine.json", "--out", "o"], "o/instruct"), (["--out", "~/o"], "HOME/o/instruct")])
+    (["--data", "mine.json", "--out", "o"], "o/mine"), (["--out", "~/o"], "HOME/o/instruct"), (["--data", "..", "--out", "o"], "o/data")])
 def test_the_folder_of_an_adapter(monkeypatch, args, folder):
     monkeypatch.setenv("HOME", "HOME")
     assert str(ft._out(ft.parser().parse_args(args))) == folder

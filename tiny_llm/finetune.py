@@ -410,14 +410,14 @@ def parser():
     p.add_argument("--data", type=_home, help="your own examples instead: .json, .jsonl, .csv, .tsv or .parquet, also .gz, in Alpaca, Dolly, chat, ShareGPT or prompt/completion layout; a tenth, at most 100, is held out")
     p.add_argument("--skip-bad", action="store_true", help="go on without the records of DATA that cannot be used, and say how many")
     p.add_argument("--base", type=_home, help="a checkpoint to start from; None: the shipped base")
-    p.add_argument("--out", type=_home, help="the adapter goes to the folder OUT/TASK; None: adapters/TASK, or adapters/NAME for a file of that name in DATA")
+    p.add_argument("--out", type=_home, default=Path("adapters"), help="the adapter goes to the folder OUT/TASK, or with --data to OUT and the name of that file")
     for name, (value, text) in OPTIONS.items():
         p.add_argument("--" + name.replace("_", "-"), type=type(value), default=value, help=text)
     p.add_argument("--targets", nargs="+", default=["attn.qkv", "attn.W_o"], help="linear layers to adapt, by the end of their names, or all-linear")
     p.add_argument("--mask-prompt", action=argparse.BooleanOptionalAction, default=True, help="no loss on the prompt")
     p.add_argument("--fresh", action="store_true", help="throw away what a stopped run left in the folder, and replace another run's adapter")
     p.add_argument("--sweep", type=_home, metavar="LOG", help="instead: measure learning rates and masking, a line in LOG for each run")
-    p.add_argument("--tell", type=_home, metavar="LOG", help="instead: 96 stories of the base and of the adapter in OUT/TASK, a line in LOG for each")
+    p.add_argument("--tell", type=_home, metavar="LOG", help="instead: 96 stories of the base and of that adapter, a line in LOG for each")
     return p
 
 # %% ../nbs/04_train.ipynb #103bef6b
@@ -451,7 +451,7 @@ def plan(
     n, seen = len(train), args.max_steps * args.batch_size
     return (f"base:      {before.trainable:,} of {before.total:,} parameters are trainable; {len(train)} examples, {len(valid)} held out\n"
             f"with LoRA: {after.trainable:,} of {after.total:,} are trainable ({after.ratio:.2%})\n"
-            f"{args.max_steps:,} steps x {args.batch_size} = {seen:,} of {n:,} examples" + (f", each {seen / n:.1f} times" if seen > n else ""))
+            f"{args.max_steps:,} steps x {args.batch_size} = {seen:,} of {n:,} examples" + (f", each {seen / n:.1f} times" if seen > n > 0 else ""))
 
 # %% ../nbs/04_train.ipynb #ecd87ec5
 SHOWN = ["Write a story about a dog and a ball.", "Tell a story with a moral about sharing.", "Tell me a story in which somebody waits."]
@@ -509,8 +509,7 @@ def _tell(
 # %% ../nbs/04_train.ipynb #d84d1004
 def _out(args):
     "The adapter's folder."
-    if args.out or not args.data: return (args.out or Path("adapters"))/args.task
-    return Path("adapters")/(args.data.name.split(".")[0] or "data")
+    return args.out/(args.task if args.data is None else args.data.name.split(".")[0] or "data")
 
 def _train(args, folder):
     "(the result, examples to ask about)"
