@@ -392,7 +392,7 @@ def test_bad_records_on_the_command_line(tiny, tmp_path, capsys):
 
 def test_how_many_examples_will_be_seen():
     args = ft.parser().parse_args(["--max-steps", "150"])
-    assert ft.plan(args, [""] * 18_000, []).endswith("150 steps x 8 = 1,200 of 18,000 examples") and ft.plan(args, [""] * 480, []).endswith("1,200 of 480 examples, each 2.5 times")
+    assert ft.plan(args, [""] * 18_000, []).endswith("150 steps x 8 = 1,200 of 18,000 examples") and ft.plan(args, [""] * 480, []).endswith("1,200, each of 480 examples 2.5 times")
 
 @pytest.mark.parametrize("args, folder", [([], "adapters/instruct"), (["--task", "moral"], "adapters/moral"), (["--data", "x/mine.v2.jsonl.gz"], "adapters/mine"), (["--data", ".json"], "adapters/data"),
     (["--data", "mine.json", "--out", "o"], "o/mine"), (["--out", "~/o"], "HOME/o/instruct"), (["--data", "..", "--out", "o"], "o/data")])

@@ -451,7 +451,7 @@ def plan(
     n, seen = len(train), args.max_steps * args.batch_size
     return (f"base:      {before.trainable:,} of {before.total:,} parameters are trainable; {len(train)} examples, {len(valid)} held out\n"
             f"with LoRA: {after.trainable:,} of {after.total:,} are trainable ({after.ratio:.2%})\n"
-            f"{args.max_steps:,} steps x {args.batch_size} = {seen:,} of {n:,} examples" + (f", each {seen / n:.1f} times" if seen > n > 0 else ""))
+            f"{args.max_steps:,} steps x {args.batch_size} = {seen:,}" + (f", each of {n:,} examples {seen / n:.1f} times" if seen > n > 0 else f" of {n:,} examples"))
 
 # %% ../nbs/04_train.ipynb #ecd87ec5
 SHOWN = ["Write a story about a dog and a ball.", "Tell a story with a moral about sharing.", "Tell me a story in which somebody waits."]
