@@ -1,9 +1,10 @@
 "The main job, small: learning, stopping, going on, and what it says to a user who errs."
-import inspect, os, re, shutil, signal, subprocess, sys, time
+import inspect, io, json, os, re, shutil, signal, subprocess, sys, time, warnings
+from concurrent.futures import ThreadPoolExecutor
 import pytest, torch
 import tiny_llm.finetune as ft
 from tiny_llm import instruct
-from tiny_llm.adapter import load_adapter, load_with_lora, read_adapter
+from tiny_llm.adapter import load_adapter, load_with_lora, read_adapter, save_adapter
 from tiny_llm.data import ASSETS, bundled_stories
 from tiny_llm.files import BadFileError, read_jsonl
 from tiny_llm.finetune import OPTIONS, finetune, main
@@ -182,10 +183,55 @@ def test_a_damaged_state_is_refused(tiny, tmp_path, damage):
     with pytest.raises(BadFileError, match="state.pt.*--fresh"): run(tiny, tmp_path)
     assert run(tiny, tmp_path, resume=False).losses
 
-def test_leftovers_of_a_kill_while_writing_are_cleaned_up(tiny, tmp_path):
-    (tmp_path/".state.pt.99999.tmp").write_bytes(b"half a state")
+def test_leftovers_of_a_kill_while_writing_are_cleaned_up_and_nothing_else(tiny, tmp_path):
+    (tmp_path/".lock").write_text(json.dumps(dict(process=99999, host="h", started="then", mark="abcd1234"))) # its owner is dead
+    (tmp_path/".state.pt.abcd12340.99999.tmp").write_bytes(b"half a state")
+    for other in (".state.pt.fedc43210.77777.tmp", ".mine.tmp"): (tmp_path/other).write_bytes(b"a neighbour's")
     run(tiny, tmp_path)
-    assert names(tmp_path) == ADAPTER
+    assert names(tmp_path) == [".mine.tmp", ".state.pt.fedc43210.77777.tmp", *ADAPTER]
+
+# -- one folder ----------------------------------------------------------------------------------------
+
+def test_a_folder_has_one_owner(tiny, tmp_path):
+    refused = []
+    def second(step, loss): # begun beside the first, before its first validation
+        if step == 1: refused.append(ThreadPoolExecutor(1).submit(run, tiny, tmp_path, seed=1).exception())
+    first, alone = run(tiny, tmp_path/"a", callback=None), tmp_path/"a"
+    tmp_path = tmp_path/"b"
+    again = run(tiny, tmp_path, callback=second)
+    assert isinstance(refused[0], FileExistsError) and f"in use by process {os.getpid()} on" in str(refused[0]) and "started 20" in str(refused[0])
+    assert adapter_bytes(tmp_path) == adapter_bytes(alone) and again.losses == first.losses and names(tmp_path) == ADAPTER
+
+def test_a_run_gives_back_its_own_adapter(tiny, tmp_path):
+    alone, other = run(tiny, tmp_path/"alone"), run(tiny, tmp_path/"other", seed=1)
+    def foreign(step, loss):
+        if step == 8: shutil.copytree(tmp_path/"other", tmp_path/"mine", dirs_exist_ok=True)
+    mine = run(tiny, tmp_path/"mine", callback=foreign)
+    same = lambda a, b: all(map(torch.equal, lora_parameters(a.model), lora_parameters(b.model)))
+    assert same(mine, alone) and not same(mine, other)
+
+def test_a_finished_adapter_of_another_run_is_not_replaced(tiny, tmp_path):
+    run(tiny, tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"adapter of another run \(lr 0.005, now 0.001\): choose another folder.*--fresh"): run(tiny, tmp_path, lr=1e-3)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    run(tiny, tmp_path, lr=1e-3, resume=False)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} != before and lora_modules(load_with_lora(tiny, tmp_path))
+    save_adapter(load_with_lora(tiny, tmp_path), tmp_path) # by hand: nobody knows how it was made
+    with pytest.raises(ValueError, match=r"adapter of another run \(made elsewhere\)"): run(tiny, tmp_path, lr=1e-3)
+
+def test_a_run_that_cannot_begin_throws_nothing_away(tiny, tmp_path):
+    with pytest.raises(KeyboardInterrupt): run(tiny, tmp_path, callback=stop_at(3))
+    left = names(tmp_path)
+    for bad in (dict(max_steps=0), dict(lr=-1.0), dict(r=0), dict(batch_size=0)):
+        with pytest.raises(ValueError): run(tiny, tmp_path, resume=False, **bad)
+    assert names(tmp_path) == left and "state.pt" in left
+
+def test_held_out_examples_that_are_all_too_long_are_no_error(tiny, tmp_path):
+    with pytest.warns(UserWarning, match="nothing can be validated, so the latest adapter is kept: nothing to learn: none of 1"):
+        result = finetune(tiny, DATA, ["[INST] " + "long " * 300 + "[/INST] A."], tmp_path, max_steps=1)
+    assert result.valid_losses == [] and names(tmp_path) == ADAPTER
+    with pytest.raises(ValueError, match="nothing to measure"): ft.example_loss(result.model, [])
 
 def test_a_finished_run_can_be_repeated(tiny, tmp_path):
     first = run(tiny, tmp_path).losses
@@ -217,6 +263,14 @@ def test_endless_finds_its_place(tiny):
     assert all(torch.equal(x, y) for p, q in zip(batches[5:], b) for x, y in zip(p, q))
     assert a.place() == "epoch 3, batch 2 of 3" and sum(len(x) for x, _ in batches[:3]) == len(DATA)
     with pytest.raises(ValueError, match="no examples"): ft.endless([], 4, 0, 0)
+
+def test_two_seeds_share_no_epoch(tiny):
+    tok = load_base(tiny)[1]
+    encoded = ft.encode_examples([f"[INST] q{i}[/INST] {'word ' * (i % 30 + 1)}" for i in range(40)], tok, 64)
+    def epochs(seed, n=3):
+        stream = ft.endless(encoded, 4, tok.pad, seed)
+        return [str([next(stream)[0].tolist() for _ in range(10)]) for _ in range(n)]
+    assert len({e for seed in range(4) for e in epochs(seed)}) == 12 and epochs(1) == epochs(1)
 
 @pytest.mark.parametrize("adapted", [True, False])
 def test_the_bare_loop(adapted):
@@ -251,7 +305,7 @@ def test_command_line(tmp_path, capsys):
     main(["--data", str(data), "--out", str(tmp_path/"out"), "--max-steps", "2", "--targets", "all-linear", "--r", "2"])
     said = capsys.readouterr().out
     total = sum(p.numel() for p in load_base()[0].parameters())
-    loaded = load_with_lora(None, tmp_path/"out"/"instruct")
+    loaded = load_with_lora(None, tmp_path/"out"/"mine")
     trained = sum(p.numel() for p in lora_parameters(loaded))
     assert f"{total:,} of {total:,} parameters" in said and f"{trained:,} of {total + trained:,} are trainable" in said
     assert "Trained" in said and said.count("fine-tuned:") == 2 and "Loss on held-out answers" in said
@@ -273,25 +327,88 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, monkeypatch, capsys, args, s
     (tmp_path/"bad.json").write_text("{]")
     with pytest.raises(SystemExit) as e: main(["--max-steps", "1", *args])
     err = capsys.readouterr().err
-    line = err.strip().splitlines()[-1]
+    line = next(l for l in err.splitlines() if "error:" in l)
     assert e.value.code == 2 and said in line and line.startswith("python -m tiny_llm.finetune: error:") and "Traceback" not in err
+    assert ("(ShareGPT)" in err) == ("--data" in args and args[1] != "nowhere.jsonl") and names(tmp_path) == ["bad.json"] # nothing else has changed
 
 def test_another_run_on_the_command_line_needs_fresh(tiny, tmp_path, capsys):
     data = tmp_path/"mine.jsonl"
     data.write_text("\n".join('{"instruction": "Name animal %d.", "output": "A fox."}' % i for i in range(12)))
-    (tmp_path/"instruct").mkdir()
-    (tmp_path/"instruct"/"state.pt").write_bytes(b"")
+    (tmp_path/"mine").mkdir()
+    (tmp_path/"mine"/"state.pt").write_bytes(b"")
     args = ["--data", str(data), "--base", str(tiny), "--out", str(tmp_path), "--max-steps", "1"]
     with pytest.raises(SystemExit): main(args)
     assert "--fresh" in capsys.readouterr().err
     main([*args, "--fresh"])
-    assert names(tmp_path/"instruct") == ADAPTER
+    assert names(tmp_path/"mine") == ADAPTER
 
-def test_ctrl_c_on_the_command_line(tiny, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("there, args, said", [(False, [], "nothing was saved yet; the same command begins again"), (True, [], "the same command goes on from the last validation"),
+    (True, ["--fresh"], "the same command without --fresh goes on"), (True, ["--tell", "log"], "nothing was saved"), (True, ["--sweep", "log"], "the runs that are missing")])
+def test_ctrl_c_says_the_truth(tiny, tmp_path, capsys, monkeypatch, there, args, said):
+    monkeypatch.chdir(tmp_path)
     def stopped(*args, **kwargs): raise KeyboardInterrupt
-    monkeypatch.setattr(ft, "finetune", stopped)
-    with pytest.raises(SystemExit) as e: main(["--base", str(tiny), "--out", str(tmp_path)])
-    assert e.value.code == 130 and "same command goes on" in capsys.readouterr().err
+    for name in ("finetune", "_tell", "log_runs", "load_with_lora"): monkeypatch.setattr(ft, name, stopped)
+    if there: (tmp_path/"instruct").mkdir(); (tmp_path/"instruct/state.pt").write_bytes(b"")
+    with pytest.raises(SystemExit) as e: main(["--base", str(tiny), "--out", str(tmp_path), *args])
+    assert e.value.code == 130 and said in capsys.readouterr().err
+
+def own(path, *rows):
+    path.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows), encoding="utf-8")
+    return str(path)
+def asks(n, **fields): return [dict(instruction=f"Name animal {i}.", output="A fox.", **fields) for i in range(n)]
+
+@pytest.mark.parametrize("i, n", [(0, 12), (0, 10), (3, 1)])
+def test_a_prompt_that_is_too_long_to_ask_ends_nothing(tiny, tmp_path, capsys, i, n):
+    rows = [dict(r, instruction="very long " * 600) if j == i or n == 12 and j < 6 else r for j, r in enumerate(asks(n))]
+    main(["--data", own(tmp_path/"l.jsonl", *rows), "--base", str(tiny), "--out", str(tmp_path), "--max-steps", "1"])
+    assert "The adapter is in" in capsys.readouterr().out and load_with_lora(tiny, tmp_path/"l")
+
+def test_nothing_to_ask_and_a_report_that_fails(tiny, tmp_path, capsys, monkeypatch):
+    result = run(tiny, tmp_path/"a", max_steps=1)
+    said = ft.report(result, ft.parser().parse_args(["--data", "x"]), [f"[INST] {'long ' * 600}[/INST] A."])
+    assert "None of the examples to ask about leaves room" in said and "load_with_lora" in said
+    for error in (RuntimeError("no plot"), KeyboardInterrupt()):
+        def fails(*args): raise error
+        monkeypatch.setattr(ft, "report", fails)
+        result = main(["--data", own(tmp_path/"m.jsonl", *asks(12)), "--base", str(tiny), "--out", str(tmp_path), "--max-steps", "1"])
+        assert f"the report ended early ({type(error).__name__}" in (err := capsys.readouterr().err) and str(tmp_path/"m") in err and result.losses
+
+def test_a_console_that_cannot_show_a_sign(tiny, tmp_path):
+    data = own(tmp_path/"zh.jsonl", *[dict(instruction=f"\u4f60\u597d {i}", output="\u4e16\u754c \U0001F98A") for i in range(12)])
+    done = subprocess.run([sys.executable, "-m", "tiny_llm.finetune", "--data", data, "--base", str(tiny), "--out", str(tmp_path), "--max-steps", "1"],
+                          capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"}, timeout=200)
+    assert done.returncode == 0 and b"== ?? " in done.stdout and b"The adapter is in" in done.stdout and b"ended early" not in done.stderr
+
+def test_bad_records_on_the_command_line(tiny, tmp_path, capsys):
+    data = own(tmp_path/"m.jsonl", *asks(12, id="x"), *[dict(instruction="q", output="")] * 3)
+    args = ["--data", data, "--base", str(tiny), "--out", str(tmp_path/"out"), "--max-steps", "1"]
+    with pytest.raises(SystemExit): main(args)
+    err = capsys.readouterr().err
+    assert all(t in err for t in ("3 records cannot be used", "line 13: field 'output' is empty", "line 15", "--skip-bad", "(Alpaca)", "(ShareGPT)")) and not (tmp_path/"out").exists()
+    main([*args, "--skip-bad"])
+    said = capsys.readouterr()
+    assert "note: " in said.err and "skipped 3 of 15 records" in said.err and "field 'id' is not read (12x)" in said.err
+    assert "1 steps x 8 = 8 of 10 examples\n" in said.out # two of twelve are held out
+
+def test_how_many_examples_will_be_seen():
+    args = ft.parser().parse_args(["--max-steps", "150"])
+    assert ft.plan(args, [""] * 18_000, []).endswith("150 steps x 8 = 1,200 of 18,000 examples") and ft.plan(args, [""] * 480, []).endswith("1,200, each of 480 examples 2.5 times")
+
+@pytest.mark.parametrize("args, folder", [([], "adapters/instruct"), (["--task", "moral"], "adapters/moral"), (["--data", "x/mine.v2.jsonl.gz"], "adapters/mine"), (["--data", ".json"], "adapters/data"),
+    (["--data", "mine.json", "--out", "o"], "o/mine"), (["--out", "~/o"], "HOME/o/instruct"), (["--data", "..", "--out", "o"], "o/data")])
+def test_the_folder_of_an_adapter(monkeypatch, args, folder):
+    monkeypatch.setenv("HOME", "HOME")
+    assert str(ft._out(ft.parser().parse_args(args))) == folder
+
+@pytest.mark.parametrize("args", [["--out", "file"], ["--tell", "folder"], ["--sweep", "folder"], ["--tell", "file/log"], ["--sweep", "file/log"]])
+def test_an_output_that_cannot_be_written_is_found_before_the_work(tmp_path, monkeypatch, capsys, args):
+    def work(*args, **how): raise AssertionError("too late")
+    for name in ("examples_for", "_tell", "_full_run", "load_with_lora", "finetune"): monkeypatch.setattr(ft, name, work)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"file").write_text("")
+    (tmp_path/"folder").mkdir()
+    with pytest.raises(SystemExit) as e: main(args)
+    assert e.value.code == 2 and args[1].split("/")[0] in capsys.readouterr().err and names(tmp_path) == ["file", "folder"]
 
 @pytest.mark.parametrize("args", [["--task", "poetry"], ["--r", "many"]])
 def test_bad_arguments(args):
@@ -324,12 +441,29 @@ def test_plot_draws_where_it_is_told_to():
     assert (mine.get_xlabel(), mine.get_ylabel()) == ("step", "loss (nats per token)") and len(mine.get_legend().get_texts()) == 2
     plt.close("all")
 
-@pytest.mark.parametrize("n, held_out", [(9, 0), (10, 1), (11, 2), (21, 3)])
-def test_every_tenth_of_ones_own_examples_is_held_out(tmp_path, n, held_out):
-    (path := tmp_path/"own.jsonl").write_text("\n".join(f'{{"instruction": "Say {i}.", "output": "{i}"}}' for i in range(n)))
-    train, valid = ft.examples_for(ft.parser().parse_args(["--data", str(path)]))
+@pytest.mark.parametrize("n, held_out", [(9, 0), (10, 1), (11, 2), (21, 3), (2000, 100)])
+def test_a_tenth_of_ones_own_examples_is_held_out(tmp_path, n, held_out):
+    data = own(tmp_path/"own.jsonl", *[dict(instruction=f"Say {i}.", output=str(i)) for i in range(n)])
+    train, valid = ft.examples_for(ft.parser().parse_args(["--data", data]))
     assert len(valid) == held_out and len(train) + len(valid) == n == len({*train, *valid})
-    assert [int(e.rpartition(" ")[2]) for e in valid] == list(range(0, n, 10))[:held_out]
+    assert train == sorted(train, key=lambda e: int(e.rpartition(" ")[2])) # as in the file
+    other = ft.examples_for(ft.parser().parse_args(["--data", data, "--seed", "1"]))[1]
+    assert ft.examples_for(ft.parser().parse_args(["--data", data]))[1] == valid and (other != valid) == (n > 9)
+
+def test_a_conversation_is_held_out_whole_and_so_is_what_stands_twice(tmp_path):
+    talk = lambda i, n: dict(messages=[dict(role=r, content=f"{t}{i}") for r, t in zip(["user", "assistant"] * 2, "abcd"[:n])])
+    rows = [talk(i, 4) for i in range(20)] + [talk(i, 2) for i in range(10)] # the beginning of a talk is no other talk
+    rows += [dict(story=f"Fox {i % 7}.") for i in range(30)] + [dict(story=f" fox  {i}.") for i in range(7)] # each gets a prompt of its own
+    for seed in range(5):
+        train, valid = ft.examples_for(ft.parser().parse_args(["--data", own(tmp_path/"d.jsonl", *rows), "--seed", str(seed)]))
+        answer = lambda e: e.rpartition("[/INST]")[2].strip().casefold().replace("  ", " ")
+        assert valid and not {answer(e) for e in valid} & {answer(e) for e in train} and len(train) + len(valid) == 87
+        assert not any(v in t for v in valid for t in train) and sum(v.count("[INST]") == 2 for v in valid) <= sum(v.count("[INST]") == 1 for v in valid)
+
+def test_what_weighs_nothing_is_refused_where_prompts_are_learned(tmp_path):
+    data = own(tmp_path/"d.jsonl", dict(messages=[dict(role="user", content="q"), dict(role="assistant", content="BAD", weight=0), dict(role="user", content="r"), dict(role="assistant", content="good")]))
+    with pytest.warns(UserWarning, match="not learned"): assert len(ft.examples_for(ft.parser().parse_args(["--data", data]))[0]) == 1
+    with pytest.raises(BadFileError, match="weight 0 would be learned"): ft.examples_for(ft.parser().parse_args(["--data", data, "--no-mask-prompt"]))
 
 @pytest.mark.parametrize("args, asked", [([], ft.SHOWN), (["--task", "moral"], ["What?"]), (["--data", "x"], ["What?"])])
 def test_the_report_asks_what_was_learned(tiny, tmp_path, monkeypatch, args, asked):

@@ -1,9 +1,10 @@
 "Edge cases of tiny_llm.instruct: the notebook shows the straight line, these are the corners."
-import json, warnings
+import csv, gzip, io, json, sys, warnings
 import pytest, torch
 from tiny_llm.data import ASSETS
 from tiny_llm.files import BadFileError
 from tiny_llm.data import bundled_stories
+import tiny_llm.instruct as ins
 from tiny_llm.instruct import (DEEDS, IGNORE, INSTRUCTION_PROMPTS, PLAIN_PROMPTS, gaps, spoken, bucketed_batches, collate, encode_examples,
                                format_example, format_prompt, make_instruction_dataset, make_moral_dataset, read_examples)
 from tiny_llm.tokenize import EOT, BPETokenizer
@@ -13,10 +14,16 @@ def tok(): return BPETokenizer.load(ASSETS/"tokenizer.json")
 
 @pytest.fixture
 def read(tmp_path):
-    def read(text):
-        (path := tmp_path/"data.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-        return read_examples(path)
+    def read(text, name="data.json", **how):
+        (path := tmp_path/name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return read_examples(path, **how)
     return read
+
+def jsonl(*rows): return "\n".join(map(json.dumps, rows))
+def talk(*texts, **last):
+    "A chat of user and assistant in turn; more fields for its last message."
+    messages = [dict(role=r, content=t) for r, t in zip(["user", "assistant"] * len(texts), texts)]
+    return dict(messages=[*messages[:-1], {**messages[-1], **last}])
 
 # --- datasets
 def test_pairing():
@@ -95,9 +102,17 @@ def test_skipped_are_reported_by_index(tok):
     short, long = format_example("Hi.", "Hello."), format_example("Hi. " * 50, "Hello.")
     with pytest.warns(UserWarning, match=r"\[0, 2\]"): out = encode_examples([long, short, long], tok, seq_len=30, mask_prompt=True)
     assert len(out) == 1
+    with pytest.warns(UserWarning, match="1 of 2 examples are cut at seq_len=30 and lose their end token"):
+        assert len(encode_examples([long, short], tok, seq_len=30)) == 2  # unmasked: the prompt is learned
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_answers_that_lose_their_end_are_counted(tok, mask):
+    long, short = format_example("q", "word " * 400), format_example("q", "word")
+    with pytest.warns(UserWarning, match="^3 of 5 examples are cut at seq_len=288 and lose their end token") as w: out = encode_examples([long] * 3 + [short] * 2, tok, 288, mask)
+    assert len(w) == 1 and w[0].filename == __file__ and sum(labels[-1] == tok.eot for _, labels in out) == 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert len(encode_examples([long, short], tok, seq_len=30)) == 2  # unmasked: the prompt is learned
+        encode_examples([short], tok, len(tok.encode(short)) + 2, mask)  # just whole
 
 def test_nothing_to_encode(tok):
     with pytest.raises(ValueError, match="there are no examples"): encode_examples([], tok)
@@ -158,7 +173,7 @@ def test_a_row_without_labels_adds_nothing(tok):
     torch.testing.assert_close(ga, gb)
 
 @pytest.mark.parametrize("seq_len", [14, 20, 24, 30, 256])
-@pytest.mark.filterwarnings("ignore:skipped")
+@pytest.mark.filterwarnings("ignore:skipped", "ignore:.*lose their end token")
 def test_no_batch_is_without_labels(tok, seq_len):
     "Whatever is cut, no batch on the way to the loss can make it NaN."
     texts = [format_example("Hi. " * (i % 7 + 1), "Hello. " * (i % 5 + 1)) for i in range(40)]
@@ -217,7 +232,7 @@ def test_masking_a_conversation_leaves_the_last_answer(read, tok):
     ('{"text": null}', "line 1"), ('{"text": "a [/INST] b"}', "line 1"), ('{"story": "A.", "prompt": 5}', "line 1: field 'prompt' is int"), ('{"messages": null}', "line 1"),
     ('{"response": "A"}', "line 1: its fields ['response'] match no layout"), ('{"instruction": "A"}', "line 1: its fields ['instruction'] match no layout"),
     ("5", "line 1: int, not a JSON object"), ('"A fox."', "line 1: str"), ('[{"story": "A."}, 5]', "record 1: int"), ('[{"instruction": "A", "output": "B"}, {"instruction": "A", "output": ["B"]}]', "record 1: field 'output' is list"),
-    ('{"instruction": "A", "input": 0, "output": "B"}', "line 1: field 'input' is int"), ('{"story": "\\ud800"}', "line 1: 'utf-8'"), ("[" * 100_000, "recursion"),
+    ('{"instruction": "A", "input": 0, "output": "B"}', "line 1: field 'input' is int"), ('{"story": "\\ud800"}', "line 1: 'utf-8'"), ("[" * 100_000, "nested too deeply"),
     ('{"text": "[INST] a[/INST] "}', "line 1: the answer is empty"), ('{"text": "[INST] [/INST] b"}', "line 1: the prompt is empty"), ('{"text": "[INST] a b"}', "line 1: field 'text' has"), ('{"text": "[INST] a[/INST] b [INST] c"}', "line 1: field 'text' has"),
     ('{"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, {"role": "user", "content": "C"}]}', "the roles are user, assistant, user"),
     ('{"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": ["B"]}]}', "content of message 1 is list")])
@@ -237,6 +252,122 @@ def test_missing_file_and_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.json"): read_examples(tmp_path/"none.json")
     with pytest.raises(BadFileError, match="a folder"): read_examples(tmp_path)
     with pytest.raises(TypeError): read_examples(None)
+
+# --- field cases: nothing is dropped without a word
+def test_sharegpt_prompt_completion_and_the_fields_beside_them(read):
+    pair = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    assert read(jsonl({"conversations": pair})) == read(jsonl({"prompt": "Hi", "completion": "Hello"})) == read(jsonl(talk("Hi", "Hello"))) == ["[INST] Hi[/INST] Hello"]
+    kind = "[INST] Be kind.\nHi[/INST] Hello"
+    assert read(jsonl({"conversations": [{"from": "system", "value": "Be kind."}, *pair]})) == read(jsonl({"conversations": pair, "system": "Be kind."})) == [kind]
+    assert read(jsonl({"system": "Be kind.", "instruction": "Bye", "output": "See you", "history": [["Hi", "Hello"]]})) == [kind, kind + " [INST] Bye[/INST] See you"]
+    for bad in ([["Hi"]], "Hi", [[None, "Hello"]], [["Hi", 5]]):
+        with pytest.raises(BadFileError, match="history"): read(jsonl({"instruction": "Bye", "output": "See you", "history": bad}))
+
+def test_a_layout_is_chosen_by_fields_that_are_not_null(read):
+    nothing = dict.fromkeys(["messages", "conversations", "response", "story", "prompt", "completion", "text", "system", "history", "weight"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # null is no dropped field
+        assert read(jsonl({**nothing, "instruction": "A", "output": "B"})) == ["[INST] A[/INST] B"]
+        assert read(jsonl({**nothing, "instruction": None, "output": None, "prompt": "A", "completion": "B"})) == ["[INST] A[/INST] B"]
+
+def test_what_weighs_nothing_is_read_but_not_learned(read):
+    turns = [dict(role="user", content="q"), dict(role="assistant", content="BAD", weight=0), dict(role="user", content="r"), dict(role="assistant", content="good", weight=1)]
+    with pytest.warns(UserWarning, match=r"answer of weight 0 is not learned \(1x\)"): assert read(jsonl(dict(messages=turns))) == ["[INST] q[/INST] BAD [INST] r[/INST] good"]
+    with pytest.warns(UserWarning, match="not learned"): assert read(jsonl({"instruction": "A", "output": "B", "weight": 0}, talk("q", "a"), talk("s", "t", train=False))) == ["[INST] q[/INST] a"]
+    for bad in (0.5, "0", -1, [0]):
+        with pytest.raises(BadFileError, match="neither 0 nor 1"): read(jsonl(talk("q", "a", weight=bad)))
+    with pytest.raises(BadFileError, match="no examples"): read(jsonl(talk("q", "a", weight=0)))
+
+@pytest.mark.parametrize("field, value", [("tools", [{"name": "f"}]), ("images", ["a.png"]), ("rejected", "no"), ("label", False), ("functions", [1])])
+def test_a_field_that_changes_the_meaning_is_refused(read, field, value):
+    with pytest.raises(BadFileError, match=f"field '{field}' changes what the answer means"): read(jsonl({"prompt": "A", "completion": "B", field: value}))
+
+def test_a_tool_call_is_refused(read):
+    with pytest.raises(BadFileError, match="field 'tool_calls' changes"): read(jsonl(talk("q", "a", tool_calls=[{"id": "1"}])))
+    assert read(jsonl({**talk("q", "a", tool_calls=None, audio={}), "tools": []})) == ["[INST] q[/INST] a"]
+
+def test_fields_that_nothing_reads_are_counted_once(read):
+    rows = [{"instruction": "A", "output": str(i), "id": i + 1, "category": "x" if i else ""} for i in range(5)]
+    with pytest.warns(UserWarning, match=r"data.json: field 'id' is not read \(5x\); field 'category' is not read \(4x\)$") as w: read(jsonl(*rows))
+    assert len(w) == 1 and w[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"field 'name' is not read \(1x\)"): read(jsonl(talk("q", "a", name="Eva")))
+
+def test_all_bad_records_are_listed_at_once(read):
+    rows = [{"instruction": f"q{i}", "output": "" if i % 2 else "a"} for i in range(30)]
+    with pytest.raises(BadFileError) as e: read(json.dumps(rows))
+    said = str(e.value).splitlines()
+    assert said[0].endswith("data.json: 15 records cannot be used") and said[1:11] == [f"record {i}: field 'output' is empty" for i in range(1, 20, 2)]
+    assert said[11] == "… and 5 more" and "--skip-bad" in said[12] and "(ShareGPT)" in str(e.value)
+    with pytest.warns(UserWarning, match="skipped 15 of 30 records; record 1: field 'output' is empty; record 3"): assert len(read(json.dumps(rows), skip_bad=True)) == 15
+
+def test_lines_that_are_no_json_are_skipped_too(read):
+    text = jsonl(talk("q", "a")) + '\n{"story":\n' + '{"x":' * 100_000 + "\n5"
+    with pytest.raises(BadFileError, match="3 records cannot be used\nline 2: not valid JSON.*\nline 3: nested too deeply\nline 4: int"): read(text)
+    with pytest.warns(UserWarning, match="skipped 3 of 4"): assert read(text, skip_bad=True) == ["[INST] q[/INST] a"]
+    with pytest.raises(BadFileError, match="2 records"): read("5\n6", skip_bad=True)  # nothing is left
+
+@pytest.mark.parametrize("number", ["1e999", "1" * 5000, "-1e999", "NaN"])
+def test_huge_numbers(read, number):
+    with pytest.raises(BadFileError, match="line 1"): read('{"instruction": "A", "output": %s}' % number)
+
+def test_csv_and_gzip(read):
+    rows = [["instruction", "input", "output"], ["Name it.", 'A "fox",\nred', "A fox."], ["Say hi.", "", "Hi."]]
+    csv.writer(text := io.StringIO(newline="")).writerows(rows)
+    want = ['[INST] Name it.\nA "fox",\nred[/INST] A fox.', "[INST] Say hi.[/INST] Hi."]
+    data = text.getvalue().encode()
+    assert read(data, "a.csv") == read(b"\xef\xbb\xbf" + data, "B.CSV") == read(gzip.compress(data), "a.csv.gz") == want
+    assert read("story\tprompt\nA fox.\tTell.\n", "a.tsv") == ["[INST] Tell.[/INST] A fox."]
+    assert read(gzip.compress(jsonl(talk("q", "a")).encode()), "a.jsonl.gz") == ["[INST] q[/INST] a"]
+    for bad, says in (("a,b\n1,2\n", "line 2: its fields ['a', 'b']"), ("story,story\na,b", "twice"), ("prompt,completion\na,b,c\nd,e", "line 2: 3 fields, but 2 columns"), ('story\n"open', "line 2: not valid CSV"), ("", "no examples"), ("prompt,completion\na,", "line 2: field 'completion' is empty")):
+        with pytest.raises(BadFileError) as e: read(bad, "bad.csv")
+        assert says in str(e.value)
+
+def test_gzip_that_is_damaged_or_a_bomb(read, monkeypatch):
+    data = gzip.compress(jsonl(talk("q", "a")).encode() * 50)
+    for bad in (data[:-9], data[:40] + b"xxx" + data[43:], b"\x1f\x8bxx"):
+        with pytest.raises(BadFileError, match="gzip file is damaged"): read(bad, "a.gz")
+    monkeypatch.setattr(ins, "_MOST", 10_000)
+    with pytest.raises(BadFileError, match="more than 10,000 bytes when unpacked"): read(gzip.compress(b" " * 10_001), "a.gz")
+
+@pytest.mark.parametrize("start, says", [(b"PK\x03\x04", "a zip archive or spreadsheet"), (b"BZh9", "bzip2"), (b"\xfd7zXZ\0", "xz"), (gzip.compress(gzip.compress(b"x")), "gzip twice")])
+def test_other_files_are_called_by_name(read, start, says):
+    with pytest.raises(BadFileError, match=f"this is {says}"): read(start)
+
+def test_parquet(read, tmp_path, monkeypatch):
+    pa, pq = (pytest.importorskip(m) for m in ("pyarrow", "pyarrow.parquet"))
+    rows = [dict(instruction="A", output="B", messages=None), dict(instruction=None, output=None, messages=talk("q", "a")["messages"])]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path/"x.parquet")
+    data = (tmp_path/"x.parquet").read_bytes()
+    assert read(data, "a.parquet") == read(gzip.compress(data), "a.gz") == ["[INST] A[/INST] B", "[INST] q[/INST] a"]
+    with pytest.raises(BadFileError, match="not a usable Parquet file"): read(data[:-20], "a.parquet")
+    monkeypatch.setattr(ins, "_MOST", 50)
+    with pytest.raises(BadFileError, match="more than 50 bytes"): read(data, "a.parquet")
+
+def test_parquet_without_its_reader(read, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(BadFileError, match="this is a Parquet file; to read it, install pyarrow"): read(b"PAR1....PAR1", "a.parquet")
+
+def test_a_long_chat_grows_in_a_line_not_in_a_square(read):
+    chat = jsonl(talk(*[f"turn {i} " + "word " * 20 for i in range(600)]))
+    with pytest.warns(UserWarning, match="oldest turns of a long conversation are left out"): out = read(chat)
+    assert len(out) == 300 and sum(map(len, out)) < 300 * 8000 and max(map(len, out)) > 7000
+    assert "turn 0 " in out[0] and "turn 0 " not in out[-1] and out[-1].rstrip().startswith("[INST] turn ") and "turn 599 " in out[-1]
+    with pytest.warns(UserWarning, match="left out"): short = read(jsonl({**talk(*"abcdef"), "system": "S"}), window=40)
+    assert short == ["[INST] S\na[/INST] b", "[INST] S\na[/INST] b [INST] c[/INST] d", "[INST] S\nc[/INST] d [INST] e[/INST] f"]
+    with pytest.raises(BadFileError, match="system text alone"): read(jsonl({**talk(*"abcd"), "system": "S" * 50}), window=40)
+
+def test_home_is_expanded(read, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read(jsonl(talk("q", "a"))) == read_examples("~/data.json")
+
+def test_many_texts_are_encoded_as_one_is(tok):
+    texts = [format_example(f"Say {i}.", f"{i} it is, <|endoftext|>!") for i in range(1203)]
+    assert [ids for ids, _ in encode_examples(texts, tok)] == [[tok.eot, *tok.encode(t), tok.eot] for t in texts]
+
+def test_two_seeds_share_no_epoch():
+    encoded = [([i] * 8, [i] * 8) for i in range(40)]
+    orders = [str(bucketed_batches(encoded, 4, (seed, epoch))) for seed in range(4) for epoch in range(4)]
+    assert len(set(orders)) == 16 and orders[0] == str(bucketed_batches(encoded, 4, (0, 0)))
 
 def test_an_empty_batch_is_named():
     with pytest.raises(ValueError, match="an empty batch"): collate([], 0)

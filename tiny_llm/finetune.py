@@ -12,19 +12,22 @@ __all__ = ['SWEEP', 'TASKS', 'OPTIONS', 'SHOWN', 'encoded_batches', 'example_los
            'collate', 'bucketed_batches']
 
 # %% ../nbs/04_train.ipynb #06e7979b
-import argparse, hashlib, json, math, shutil, tempfile, time
+import argparse, hashlib, json, math, random, sys, tempfile, time, warnings
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 import torch
 from tqdm.auto import tqdm
-from .adapter import disable_lora, load_adapter, load_with_lora, save_adapter
+from .adapter import CONFIG, NOTE, disable_lora, load_with_lora, save_adapter
 from .data import bundled_stories
-from .files import BadFileError, log_runs, write_jsonl
+from .files import BadFileError, _command, _home, atomic_path, committed, log_runs, owned, probe, read_json, write_jsonl
 from .fast import FastLoss
 from .generate import BASE, load_base
 from .glance import ASKED, TRIED, _samples, at_a_glance, glance_rows, request, sample_stories
 from .gpt import GPT, fingerprint, read_checkpoint
 from .instruct import *
+from .instruct import _Nothing, _read
 from .lora import add_lora_to_model, lora_modules, lora_param_count, lora_parameters, lora_report
 from .train import random_state, read_state, set_random_state, total_nats, train_step, write_state
 
@@ -37,7 +40,7 @@ def encoded_batches(
     encoded: list, # from `encode_examples`
     batch_size: int, # examples in a batch
     pad_id: int, # id that fills up the inputs
-    seed: int=0, # of the order of the batches
+    seed=0, # of the order of the batches; an integer, or a tuple such as (seed, epoch)
 ) -> list: # (x, y), both (B, T) long
     "Length-bucketed batches as tensors."
     return [collate(b, pad_id) for b in bucketed_batches(encoded, batch_size, seed)]
@@ -46,8 +49,9 @@ def example_loss(
     model, # a GPT
     batches: list, # from `encoded_batches`
 ) -> float: # nats per supervised token
-    "Mean loss over the supervised tokens."
+    "Mean loss over the supervised tokens. Raises `ValueError` where there are none."
     nats, n = total_nats(model, batches)
+    if not n: raise ValueError("there is nothing to measure: no batch, or no label in one")
     return nats / n
 
 # %% ../nbs/04_train.ipynb #a11aadb0
@@ -69,14 +73,14 @@ class endless:
         seed: int, # of the order
     ):
         if not encoded: raise ValueError("no examples to train on")
-        self.make = lambda epoch: encoded_batches(encoded, batch_size, pad_id, seed + epoch)
-        self.step, self.epoch, self.batches = 0, 0, self.make(0)
+        self.make = lambda epoch: bucketed_batches(encoded, batch_size, (seed, epoch))
+        self.step, self.epoch, self.batches, self.pad_id = 0, 0, self.make(0), pad_id
     def __iter__(self): return self
     def __next__(self): # (x, y), each (B, T) long
         epoch, i = divmod(self.step, len(self.batches))
         if epoch != self.epoch: self.epoch, self.batches = epoch, self.make(epoch)
         self.step += 1
-        return self.batches[i]
+        return collate(self.batches[i], self.pad_id)
     def place(self):
         "Where the batch given last stands, for people."
         epoch, i = divmod(self.step - 1, len(self.batches))
@@ -94,6 +98,7 @@ class FinetuneResult:
     seconds: float = 0.0 # training and validating, over all sittings
     train_seconds: float = 0.0 # in the training steps alone
     tokens: int = 0 # trained on, padding not counted
+    best: list = field(default=None, repr=False) # A and B of the adapter that was kept
 
     @property
     def tokens_per_second(self): return self.tokens / self.train_seconds if self.train_seconds else 0.0
@@ -112,14 +117,29 @@ def keep_best(
     result: FinetuneResult, # `valid_losses` and the folder are brought up to date
     valid: list, # batches to validate on; may be empty
     step: int, # steps done; at 0 nothing is saved
+    run: dict=None, # what made the adapter, noted beside it
 ):
     "Validate; save the adapter if it is the best so far. Raises `FloatingPointError` if it is not finite."
     best = min((loss for s, loss in result.valid_losses if s), default=math.inf)
-    loss = example_loss(result.model, valid) if valid else -math.inf
+    loss = example_loss(result.model, tqdm(valid, "validation", leave=False, delay=2)) if valid else -math.inf
     if math.isnan(loss) or loss == math.inf or not all(p.isfinite().all() for p in lora_parameters(result.model)):
         raise FloatingPointError(f"after step {step} the adapter is unusable: validation loss {loss}")
     if valid: result.valid_losses.append((step, loss))
-    if step and loss < best: save_adapter(result.model, result.out_dir)
+    if step and loss < best:
+        result.best = [p.detach().clone() for p in lora_parameters(result.model)]
+        save_adapter(result.model, result.out_dir)
+        if run: _sign(result.out_dir, run)
+
+# %% ../nbs/04_train.ipynb #f7059745
+def _made_by(folder):
+    "What `_sign` noted in an adapter's folder; {} where there is none."
+    try: return dict(read_json(committed(folder, NOTE).read_text(encoding="utf-8"))["run"])
+    except (OSError, ValueError, KeyError, TypeError): return {}
+
+def _sign(folder, run):
+    "Note beside the adapter which run made it."
+    note = read_json(committed(folder, NOTE).read_text(encoding="utf-8"))
+    with atomic_path(committed(folder, NOTE)) as tmp: tmp.write_text(json.dumps({**note, "run": run}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 # %% ../nbs/04_train.ipynb #a6cff990
 def examples_of(
@@ -156,10 +176,10 @@ def describe_finetune(
     "What decides the result: settings, adapters, base and examples."
     layers, digest = lora_modules(model), hashlib.sha256(json.dumps(encoded).encode()).hexdigest()
     r, alpha = next((m.r, float(m.alpha)) for m in layers.values())
-    return dict(settings, r=r, alpha=alpha, layers=" ".join(layers), base=fingerprint(model)[:16], examples=digest[:16])
+    return dict(settings, r=r, alpha=alpha, order="(seed, epoch)", layers=" ".join(layers), base=fingerprint(model)[:16], examples=digest[:16])
 
 # %% ../nbs/04_train.ipynb #6d1918ac
-_LASTING = ("losses", "valid_losses", "seconds", "train_seconds", "tokens") # of a FinetuneResult, kept from sitting to sitting
+_LASTING = ("losses", "valid_losses", "seconds", "train_seconds", "tokens", "best") # of a FinetuneResult, kept from sitting to sitting
 
 def save_finetune_state(
     path: Path, # where to write
@@ -175,6 +195,8 @@ def save_finetune_state(
 # %% ../nbs/04_train.ipynb #23be08e0
 _AGAIN = "or start again with resume=False (--fresh)"
 
+def _differences(made, run): return [f"{k} {str(made.get(k))[:40]}, now {str(v)[:40]}" for k, v in run.items() if made.get(k) != v]
+
 def load_finetune_state(
     path: Path, # a file of `save_finetune_state`
     result: FinetuneResult, # its A, B and numbers are replaced
@@ -184,7 +206,7 @@ def load_finetune_state(
     "Go back to a saved state. Raises `BadFileError` if it is damaged, `ValueError` if it is another run's."
     try: state = read_state(path)
     except BadFileError as e: raise BadFileError(f"{e}, {_AGAIN}") from e
-    other = [f"{k} {str(state['run'].get(k))[:40]}, now {str(v)[:40]}" for k, v in run.items() if state["run"].get(k) != v]
+    other = _differences(state["run"], run)
     if other: raise ValueError(f"{path} is from another run ({'; '.join(other)}): repeat its settings to go on with it, "
                                f"choose another folder, {_AGAIN}")
     with torch.no_grad(): [p.copy_(saved) for p, saved in zip(lora_parameters(result.model), state["params"])]
@@ -203,20 +225,20 @@ def train_adapter(
     callback=None, # called as callback(step, loss) after each step
     run: dict=None, # from `describe_finetune`; None: no state is kept, a killed run is lost
     loss_of=None, # see `train_step`
+    resume: bool=True, # False: throw away what a killed run left in the folder, and replace an adapter
 ) -> FinetuneResult: # the same object, the best adapter on its model
-    "Train A and B with AdamW, or go on where the folder was left. Raises `FloatingPointError`, with step and batch."
+    "Train A and B with AdamW, or go on where the folder was left. Raises `FloatingPointError`, with step and batch; `OSError` if another run is in the folder, `ValueError` if another made the adapter there."
     if min(max_steps, eval_every) < 1: raise ValueError(f"max_steps={max_steps} and eval_every={eval_every} must be at least 1")
-    opt, state = torch.optim.AdamW(lora_parameters(result.model), lr=lr, weight_decay=0.0), Path(result.out_dir)/"state.pt"
-    load_finetune_state(state, result, opt, run) if run and state.exists() else keep_best(result, valid, 0)
-    stream.step, start = len(result.losses), time.perf_counter() - result.seconds
-    for step in (bar := tqdm(range(stream.step + 1, max_steps + 1), initial=stream.step, total=max_steps, bar_format=_BAR)):
-        timed_step(result, opt, stream, lr * lr_scale(step - 1, max_steps), loss_of)
-        if step % eval_every == 0 or step == max_steps: _checkpoint(result, opt, valid, step, start, state, run)
-        bar.set_postfix(progress(result), refresh=False)
-        if callback: callback(step, result.losses[-1])
-    load_adapter(result.model, result.out_dir).eval()
-    for left in (state, *state.parent.glob(".*.tmp")): shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-    return result
+    opt, state = torch.optim.AdamW(lora_parameters(result.model), lr=lr, weight_decay=0.0), _home(result.out_dir)/"state.pt"
+    with owned(state.parent):
+        _begin(result, opt, valid, state, run, resume)
+        stream.step, start = len(result.losses), time.perf_counter() - result.seconds
+        for step in (bar := tqdm(range(stream.step + 1, max_steps + 1), initial=stream.step, total=max_steps, bar_format=_BAR)):
+            timed_step(result, opt, stream, lr * lr_scale(step - 1, max_steps), loss_of)
+            if step % eval_every == 0 or step == max_steps: _checkpoint(result, opt, valid, step, start, state, run)
+            bar.set_postfix(progress(result), refresh=False)
+            if callback: callback(step, result.losses[-1])
+        return _finished(result, state, run)
 
 # %% ../nbs/04_train.ipynb #633ef6bd
 _BAR = "{percentage:3.0f}% {bar:20} step {n_fmt}/{total_fmt}, {remaining} left{postfix}" # one short line
@@ -234,9 +256,28 @@ def _checkpoint(
     run: dict, # from `describe_finetune`; None: no state is written
 ):
     "Validate, keep the best adapter, then the state: in this order a kill between the two loses nothing."
-    keep_best(result, valid, step)
+    keep_best(result, valid, step, run)
     result.seconds = time.perf_counter() - start
     if run: save_finetune_state(state, result, opt, run)
+
+# %% ../nbs/04_train.ipynb #633ef6bf
+def _begin(result, opt, valid, state, run, resume): # as in `train_adapter`
+    "Go on from the state in the folder, or begin. Raises `ValueError` if another run made the adapter there."
+    result.out_dir = state.parent
+    if run and not resume: state.unlink(missing_ok=True)
+    if run and state.exists(): return load_finetune_state(state, result, opt, run)
+    made, there = _made_by(state.parent), committed(state.parent, CONFIG).exists()
+    if run and resume and there and (not made or _differences(made, run)):
+        how = "; ".join(_differences(made, run)) if made else "made elsewhere"
+        raise ValueError(f"{state.parent} has the adapter of another run ({how}): choose another folder (--out), {_AGAIN}")
+    keep_best(result, valid, 0)
+
+def _finished(result, state, run):
+    "The result, its own best adapter on its model; the state is not needed any more."
+    if run: state.unlink(missing_ok=True)
+    with torch.no_grad(): [p.copy_(kept) for p, kept in zip(lora_parameters(result.model), result.best)]
+    result.model.eval()
+    return result
 
 # %% ../nbs/04_train.ipynb #d7a39043
 def with_new_adapters(
@@ -251,10 +292,17 @@ def with_new_adapters(
     model, tok = load_base(base_ckpt)
     return add_lora_to_model(model, r, alpha, targets), tok
 
-def _folder(out_dir, resume):
-    "The adapter's folder; what a killed run left there to go on from is thrown away unless `resume`."
-    if not resume: (Path(out_dir)/"state.pt").unlink(missing_ok=True)
-    return Path(out_dir)
+def _claim(folder):
+    "Own a folder. One that is missing is only tried: it is made when there is something to write."
+    folder = _home(folder)
+    return owned(folder) if folder.exists() else nullcontext(probe(folder/CONFIG))
+
+def _batches(train, valid, tok, seq_len, mask_prompt, batch_size, seed):
+    "(the stream to train on, the batches to validate on, all that is in them). That no held-out example fits is said, and no error."
+    train, texts, valid = encode_examples(train, tok, seq_len, mask_prompt) if train else [], valid, []
+    try: valid = encode_examples(texts, tok, seq_len, mask_prompt) if texts else []
+    except _Nothing as e: warnings.warn(f"nothing can be validated, so the latest adapter is kept: {e}", stacklevel=3)
+    return endless(train, batch_size, tok.pad, seed), encoded_batches(valid, batch_size, tok.pad), [train, valid]
 
 # %% ../nbs/04_train.ipynb #33fda844
 def finetune(base_ckpt, # a checkpoint; None: the shipped base
@@ -273,14 +321,14 @@ def finetune(base_ckpt, # a checkpoint; None: the shipped base
     callback=None, # called as callback(step, loss) after each step
     eval_every: int=50, # steps between validations, and between saved states
     fast: bool=True, # the same loss in less time and memory, chapter "Speed"; False: the plain step
-    resume: bool=True, # False: throw away what a killed run left in the folder
+    resume: bool=True, # False: throw away what a killed run left in the folder, and replace an adapter
 ) -> FinetuneResult: # the best adapter is on its model, and in `out_dir`
-    "Fine-tune A and B, keep the adapter with the lowest validation loss (arXiv 2106.09685, section 4.2)."
-    model, tok = with_new_adapters(base_ckpt, r, alpha, targets, seed)
-    train, valid = (encode_examples(e, tok, seq_len, mask_prompt) if e else [] for e in (train_examples, valid_examples))
-    run = describe_finetune(model, [train, valid], lr=lr, max_steps=max_steps, batch_size=batch_size, seq_len=seq_len, mask_prompt=mask_prompt, seed=seed, eval_every=eval_every, fast=fast)
-    return train_adapter(FinetuneResult(model, tok, _folder(out_dir, resume)), endless(train, batch_size, tok.pad, seed),
-                         encoded_batches(valid, batch_size, tok.pad), lr, max_steps, eval_every, callback, run, FastLoss(model) if fast else None)
+    "Fine-tune A and B, keep the adapter with the lowest validation loss (arXiv 2106.09685, section 4.2). Raises as `train_adapter` does."
+    with _claim(out_dir): # before the work
+        model, tok = with_new_adapters(base_ckpt, r, alpha, targets, seed)
+        stream, valid, encoded = _batches(train_examples, valid_examples, tok, seq_len, mask_prompt, batch_size, seed)
+        run = describe_finetune(model, encoded, lr=lr, max_steps=max_steps, batch_size=batch_size, seq_len=seq_len, mask_prompt=mask_prompt, seed=seed, eval_every=eval_every, fast=fast)
+        return train_adapter(FinetuneResult(model, tok, out_dir), stream, valid, lr, max_steps, eval_every, callback, run, FastLoss(model) if fast else None, resume)
 
 # %% ../nbs/04_train.ipynb #2136fff6
 _CAUTIOUS = dict(temperature=0.6, top_p=0.9) # how the book lets its models tell
@@ -359,39 +407,51 @@ def parser():
     p = argparse.ArgumentParser(prog="python -m tiny_llm.finetune", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Fine-tune the base with LoRA and save the adapter. The same command again goes on with a run that was stopped.")
     p.add_argument("--task", choices=TASKS, default="instruct", help="examples to make of the bundled stories: tell one, or name its moral")
-    p.add_argument("--data", type=Path, help="your own examples instead, .json or .jsonl in Alpaca, Dolly or chat layout; every tenth is held out")
-    p.add_argument("--base", type=Path, help="a checkpoint to start from; None: the shipped base")
-    p.add_argument("--out", type=Path, default=Path("adapters"), help="the adapter goes to the folder OUT/TASK")
+    p.add_argument("--data", type=_home, help="your own examples instead: .json, .jsonl, .csv, .tsv or .parquet, also .gz, in Alpaca, Dolly, chat, ShareGPT or prompt/completion layout; a tenth, at most 100, is held out")
+    p.add_argument("--skip-bad", action="store_true", help="go on without the records of DATA that cannot be used, and say how many")
+    p.add_argument("--base", type=_home, help="a checkpoint to start from; None: the shipped base")
+    p.add_argument("--out", type=_home, default=Path("adapters"), help="the adapter goes to the folder OUT/TASK, or with --data to OUT and the name of that file")
     for name, (value, text) in OPTIONS.items():
         p.add_argument("--" + name.replace("_", "-"), type=type(value), default=value, help=text)
     p.add_argument("--targets", nargs="+", default=["attn.qkv", "attn.W_o"], help="linear layers to adapt, by the end of their names, or all-linear")
     p.add_argument("--mask-prompt", action=argparse.BooleanOptionalAction, default=True, help="no loss on the prompt")
-    p.add_argument("--fresh", action="store_true", help="throw away what a stopped run left in the folder")
-    p.add_argument("--sweep", type=Path, metavar="LOG", help="instead: measure learning rates and masking, a line in LOG for each run")
-    p.add_argument("--tell", type=Path, metavar="LOG", help="instead: 96 stories of the base and of the adapter in OUT/TASK, a line in LOG for each")
+    p.add_argument("--fresh", action="store_true", help="throw away what a stopped run left in the folder, and replace another run's adapter")
+    p.add_argument("--sweep", type=_home, metavar="LOG", help="instead: measure learning rates and masking, a line in LOG for each run")
+    p.add_argument("--tell", type=_home, metavar="LOG", help="instead: 96 stories of the base and of that adapter, a line in LOG for each")
     return p
+
+# %% ../nbs/04_train.ipynb #103bef6b
+def _hold_out(records, seed):
+    "(training, held-out examples): about a tenth is held out, at most 100; records that begin alike are on one side."
+    size, held = {}, set()
+    for name, examples in records: size[name] = size.get(name, 0) + len(examples)
+    names = [name for name, n in size.items() if n]
+    room = min(100, -(-sum(size.values()) // 10)) if len(names) >= 10 else 0 # too few to spare one
+    for name in random.Random(f"held out {seed}").sample(names, len(names)):
+        if size[name] <= room: held.add(name); room -= size[name]
+    return tuple([e for name, examples in records if (name in held) == side for e in examples] for side in (False, True))
 
 # %% ../nbs/04_train.ipynb #792da514
 def examples_for(
     args, # from `parser`
 ) -> tuple: # (training examples, held-out examples)
-    "Examples of a task, or of a file of your own."
+    "Examples of a task, or of a file of your own. Raises as `read_examples` does."
     if args.data is None: return tuple(TASKS[args.task](bundled_stories(s)) for s in ("train", "valid"))
-    examples = read_examples(args.data)
-    if len(examples) < 10: return examples, [] # too few to spare one
-    return [e for i, e in enumerate(examples) if i % 10], examples[::10]
+    return _hold_out(_read(args.data, skip_bad=args.skip_bad, window=4 * args.seq_len, masked=args.mask_prompt), args.seed) # 4 characters: a token or more
 
 def plan(
     args, # from `parser`
     train: list, # training examples
     valid: list, # held-out examples
-) -> str: # two lines, counts before and after surgery
+) -> str: # three lines: counts before and after surgery, and how many examples will be seen
     "What will be trained. Raises `ValueError` where targets or rank do not fit, `FileNotFoundError` without a base."
     with torch.device("meta"): model = GPT(read_checkpoint(args.base or BASE)[0])
     before = lora_report(model)
     after = lora_report(add_lora_to_model(model, args.r, args.alpha, args.targets))
+    n, seen = len(train), args.max_steps * args.batch_size
     return (f"base:      {before.trainable:,} of {before.total:,} parameters are trainable; {len(train)} examples, {len(valid)} held out\n"
-            f"with LoRA: {after.trainable:,} of {after.total:,} are trainable ({after.ratio:.2%})")
+            f"with LoRA: {after.trainable:,} of {after.total:,} are trainable ({after.ratio:.2%})\n"
+            f"{args.max_steps:,} steps x {args.batch_size} = {seen:,}" + (f", each of {n:,} examples {seen / n:.1f} times" if seen > n > 0 else f" of {n:,} examples"))
 
 # %% ../nbs/04_train.ipynb #ecd87ec5
 SHOWN = ["Write a story about a dog and a ball.", "Tell a story with a moral about sharing.", "Tell me a story in which somebody waits."]
@@ -407,6 +467,11 @@ def glance_table(
     return "\n".join(f"{a:30}{b:>22}{c:>22}" for a, b, c in rows)
 
 # %% ../nbs/04_train.ipynb #ecd87ec6
+def _askable(result, examples):
+    "Prompts of the first three examples that leave room for an answer."
+    prompts, room = (e.split(END_INST)[0].removeprefix(INST).strip() for e in examples), result.model.config.max_seq_len - 20
+    return list(islice((p for p in prompts if len(result.tok.encode(format_prompt(p))) < room), 3))
+
 def report(
     result: FinetuneResult, # of the run
     args, # from `parser`
@@ -414,12 +479,13 @@ def report(
 ) -> str: # what the main job prints at the end
     "Before and after, in numbers and in stories; how to load the adapter; what to try next."
     own, size = args.task != "instruct" or args.data, sum(p.stat().st_size for p in result.out_dir.iterdir()) / 1e3
-    prompts = [e.split(END_INST)[0].removeprefix(INST).strip() for e in examples[:3]] if own else SHOWN
+    prompts = _askable(result, examples) if own else SHOWN
     held_out = [loss for _, loss in result.valid_losses]
     lines = [f"Trained {lora_param_count(result.model):,} numbers in {result.seconds:.0f} s"
              + (f". Loss on held-out answers: {held_out[0]:.2f} before, {min(held_out[1:]):.2f} after." if held_out[1:] else ", no examples held out.")]
     if not own: lines += ["", "24 stories, each about an animal and a thing that never stood together in training (95 % interval):",
                           "", glance_table(result.model, result.tok, ASKED[::4])]
+    if not prompts: lines += ["", "None of the examples to ask about leaves room for an answer."]
     for p, b, t in side_by_side(result.model, result.tok, prompts, 200):
         lines += ["", f"== {p[:300]}", f"-- base:       {b}", f"-- fine-tuned: {t}"]
     return "\n".join(lines + ["", f"The adapter is in {result.out_dir} ({size:.0f} KB). To use it:",
@@ -440,23 +506,41 @@ def _tell(
     write_jsonl(log, rows)
     return rows
 
+# %% ../nbs/04_train.ipynb #d84d1004
+def _out(args):
+    "The adapter's folder."
+    return args.out/(args.task if args.data is None else args.data.name.split(".")[0] or "data")
+
+def _train(args, folder):
+    "(the result, examples to ask about)"
+    with _claim(folder):
+        train, valid = examples_for(args)
+        print(plan(args, train, valid))
+        settings = {name: getattr(args, name) for name in (*OPTIONS, "targets", "mask_prompt")}
+        return finetune(args.base, train, valid, folder, **settings, resume=not args.fresh), valid or train
+
+def _stopped(args, folder):
+    "What Ctrl-C leaves."
+    if args.sweep: return "the same command makes the runs that are missing"
+    if args.tell or not (folder/"state.pt").exists(): return "nothing was saved yet; the same command begins again"
+    return f"the same command{' without --fresh' * args.fresh} goes on from the last validation"
+
 # %% ../nbs/04_train.ipynb #d84d1005
 def main(
     argv: list=None, # command line; None: the real one
 ) -> FinetuneResult: # of the run; the lines of the log with --sweep
-    "Fine-tune, save, show base and fine-tuned answers side by side. Exits with code 2 and one line on bad input."
+    "Fine-tune, save, show base and fine-tuned answers side by side. Exits with code 2 and one line on bad input; a report that fails is no error."
     p = parser(); args = p.parse_args(argv)
     if args.targets == ["all-linear"]: args.targets = "all-linear"
-    if args.sweep: return log_runs(args.sweep, SWEEP, _full_run)
-    if args.tell: return _tell(load_with_lora(args.base, args.out/args.task), args.tell)
-    try:
-        train, valid = examples_for(args)
-        print(plan(args, train, valid))
-        settings = {name: getattr(args, name) for name in (*OPTIONS, "targets", "mask_prompt")}
-        result = finetune(args.base, train, valid, args.out/args.task, **settings, resume=not args.fresh)
-    except (ValueError, OSError, FloatingPointError) as e: p.exit(2, f"{p.prog}: error: {str(e).splitlines()[0]}\n")
-    except KeyboardInterrupt: p.exit(130, "\nstopped; the same command goes on from the last validation\n")
-    print(report(result, args, valid or train))
+    folder = _out(args)
+    with warnings.catch_warnings(), _command(p, lambda: _stopped(args, folder)):
+        warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+        if args.sweep or args.tell: probe(args.sweep or args.tell)
+        if args.sweep: return log_runs(args.sweep, SWEEP, _full_run)
+        if args.tell: return _tell(load_with_lora(args.base, folder), args.tell)
+        result, examples = _train(args, folder)
+        try: print(report(result, args, examples))
+        except (Exception, KeyboardInterrupt) as e: warnings.warn(f"the report ended early ({type(e).__name__}: {str(e)[:200]}); the adapter is whole, in {result.out_dir}")
     return result
 
 # %% ../nbs/04_train.ipynb #f251c01d

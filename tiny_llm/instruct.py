@@ -8,11 +8,12 @@ __all__ = ['INST', 'END_INST', 'INSTRUCTION_PROMPTS', 'DEEDS', 'PLAIN_PROMPTS', 
            'read_examples', 'encode_examples', 'collate', 'bucketed_batches']
 
 # %% ../nbs/03_data.ipynb #dd2a2fd1
-import json, random, re, warnings
+import csv, gzip, io, json, random, re, warnings, zlib
+from collections import Counter
 from itertools import cycle
 from pathlib import Path
 import torch
-from .files import BadFileError, read_json
+from .files import BadFileError, _home, read_json
 
 # %% ../nbs/03_data.ipynb #aec1abe9
 INST, END_INST = "[INST]", "[/INST]"
@@ -176,8 +177,11 @@ def make_moral_dataset(
 LAYOUTS = """{"story", "prompt" (optional)}
 {"instruction", "input" (optional), "output"}  (Alpaca)
 {"instruction", "context" (optional), "response"}  (Dolly)
+{"prompt", "completion"}
 {"messages": [{"role": "user", "content"}, {"role": "assistant", "content"}, ...]}  (chat)
-{"text"}  (a story, or an example already in the [INST] form)"""
+{"conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, ...]}  (ShareGPT)
+{"text"}  (a story, or an example already in the [INST] form)
+Each may have a "system" text; Alpaca and Dolly a "history" of pairs. An answer of "weight" 0 is read, not learned."""
 
 def _optional(r, name):
     "The text in a field that may be missing, null or empty."
@@ -185,101 +189,224 @@ def _optional(r, name):
     return "" if value is None or isinstance(value, str) and not value.strip() else _field(r, name)
 
 def _instruction(r, extra, answer):
-    "Alpaca and Dolly: an instruction, perhaps something to apply it to, and the answer."
-    prompt = f"{_field(r, 'instruction')}\n{_optional(r, extra)}"
-    return [format_example(prompt, _field(r, answer))]
+    "Alpaca and Dolly: earlier turns perhaps, an instruction, perhaps something to apply it to, and the answer."
+    history = r.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(h, list) and len(h) == 2 for h in history): raise ValueError("history is not a list of pairs")
+    earlier = [(*(_unmarked(t, f"turn {i} of history") for t in pair), True) for i, pair in enumerate(history)]
+    return "", [*earlier, (f"{_field(r, 'instruction')}\n{_optional(r, extra)}", _field(r, answer), True)]
 
 # %% ../nbs/03_data.ipynb #87bbcd2d
+_ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}
+
+def _first(r, *names): return next((r[n] for n in names if r.get(n) is not None), None) # the first that is there and not null
+
+def _learned(r, *names):
+    "Is an answer learned? Its weight may say no. Raises ValueError for one that is neither 0 nor 1."
+    weights = [r[n] for n in names if r.get(n) is not None]
+    bad = [w for w in weights if w not in (0, 1)]
+    if bad: raise ValueError(f"weight {str(bad[0])[:40]} is neither 0 nor 1")
+    return all(weights)
+
 def _contents(messages):
-    "The texts of user and assistant in turn; a system message is put in front of the first."
+    "[(role, text, is it learned), ...]"
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise ValueError("messages is not a list of objects")
-    roles = [m.get("role") for m in messages]
-    texts = [_unmarked(m.get("content"), f"content of message {i}") for i, m in enumerate(messages)]
-    if roles[:1] == ["system"]: roles, texts = roles[1:], [f"{texts[0]}\n{t}" for t in texts[1:2]] + texts[2:]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        said = ", ".join(map(str, roles[:8])) or "none"
-        raise ValueError(f"messages must alternate user, assistant and end with assistant; the roles are {said}")
-    return texts
+    roles = [str(_first(m, "role", "from"))[:20] for m in messages]
+    return [(_ROLES.get(role, role), _unmarked(_first(m, "content", "value"), f"content of message {i}"), _learned(m, "weight", "train", "loss"))
+            for i, (role, m) in enumerate(zip(roles, messages))]
 
 # %% ../nbs/03_data.ipynb #28737093
 def _chat(messages):
-    "One example per answer: the turns so far are its prompt."
-    texts = _contents(messages)
-    turns = [format_example(*pair) for pair in zip(texts[::2], texts[1::2])]
-    return [" ".join(turns[:n]) for n in range(1, len(turns) + 1)]
+    "(system text, turns): user and assistant take turns; a system message may come first."
+    said = _contents(messages)
+    system = said.pop(0)[1] if said and said[0][0] == "system" else ""
+    roles = [role for role, *_ in said]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise ValueError(f"messages must alternate user, assistant and end with assistant; the roles are {', '.join(roles[:8]) or 'none'}")
+    return system, [(q, a, learned) for (_, q, _), (_, a, learned) in zip(said[::2], said[1::2])]
 
 # %% ../nbs/03_data.ipynb #75b126fe
 def _marked(text):
-    "An example that has its marks, turn by turn."
+    "The turns of an example that has its marks; only the last answer is learned."
     turns = [t.split(END_INST) for t in text.strip().removeprefix(INST).split(INST)]
     if not all(len(t) == 2 for t in turns): raise ValueError(f"field 'text' has {INST} without {END_INST} after it, or the reverse")
-    return " ".join(format_example(*t) for t in turns)
+    return [*((p, a, None) for p, a in turns[:-1]), (*turns[-1], True)]
+
+def _plain(r):
+    text = _text(r["text"], "field 'text'")
+    return "", _marked(text) if text.startswith(INST) else [(None, _field(r, "text"), True)] # None: a prompt is made
 
 # %% ../nbs/03_data.ipynb #afe2f570
-def _examples(r, ask):
-    "The examples in one record; `ask` gives a story that comes without a prompt one."
+_READ = [ # the fields of a layout, those that it may have besides, and how its system text and turns are found
+    ("messages", "", lambda r: _chat(r["messages"])),
+    ("conversations", "", lambda r: _chat(r["conversations"])),
+    ("instruction output", "input history", lambda r: _instruction(r, "input", "output")),
+    ("instruction response", "context history", lambda r: _instruction(r, "context", "response")),
+    ("prompt completion", "", lambda r: ("", [(_field(r, "prompt"), _field(r, "completion"), True)])),
+    ("story", "prompt words theme", lambda r: ("", [(_optional(r, "prompt") or None, _field(r, "story"), True)])),
+    ("text", "", _plain)]
+
+def _layout(r):
+    "The row of `_READ` for a record: by its fields that are not null, or else by those that are there."
     if not isinstance(r, dict): raise ValueError(f"{type(r).__name__}, not a JSON object")
-    if "messages" in r: return _chat(r["messages"])
-    if "output" in r and "instruction" in r: return _instruction(r, "input", "output")
-    if "response" in r and "instruction" in r: return _instruction(r, "context", "response")
-    if "story" in r: return [format_example(_optional(r, "prompt") or ask(r), _field(r, "story"))]
-    if "text" not in r: raise ValueError(f"its fields {sorted(r)} match no layout")
-    text = _text(r["text"], "field 'text'")
-    return [_marked(text) if text.startswith(INST) else format_example(ask(""), _field(r, "text"))]
+    for there in (lambda name: r.get(name) is not None, r.__contains__):
+        found = next((row for row in _READ if all(map(there, row[0].split()))), None)
+        if found: return found
+    raise ValueError(f"its fields {str(sorted(r))[:400]} match no layout")
+
+# %% ../nbs/03_data.ipynb #afe2f571
+_STRANGE = set("tools functions tool_calls function_call image images video videos audio audios chosen rejected".split())
+
+def _look(r, known, told):
+    "Count the fields that are not read. Raises ValueError for one that changes what the answer means."
+    more = [k for k, v in r.items() if k not in known.split() and v not in (None, "", [], {})]
+    strange = [k for k in more if k in _STRANGE or k == "label" and r[k] is False] # an answer that is marked as bad
+    if strange: raise ValueError(f"field {strange[0]!r} changes what the answer means, and is not supported")
+    told.update(f"field {str(k)[:40]!r} is not read" for k in more)
+
+def _answers(system, turns, window, masked, told):
+    "An example for each answer that is learned: the turns so far are its prompt, but for the oldest beyond `window` characters."
+    texts, first, size = [format_example(p, a) for p, a, _ in turns], 0, len(system)
+    if len(turns) > 1 and size > window: raise ValueError(f"its system text alone has more than {window:,} characters")
+    for n, (text, (*_, learn)) in enumerate(zip(texts, turns)):
+        size += len(text)
+        while size > window and first < n: size, first = size - len(texts[first]), first + 1
+        if learn and not masked and any(l is False for *_, l in turns[first:n]): raise ValueError("an answer of weight 0 would be learned with the prompt")
+        told.update({"answer of weight 0 is not learned": learn is False, "oldest turns of a long conversation are left out": bool(learn and first)})
+        said = " ".join(texts[first:n + 1])
+        if learn: yield f"{INST} {system}\n{said.removeprefix(INST + ' ')}" if system else said
+
+# %% ../nbs/03_data.ipynb #afe2f572
+class _Reader:
+    "Turns records into examples, and counts what is left out."
+    def __init__(self, seed, window, masked): self.ask, self.how, self.told = prompter(seed), (window, masked), Counter()
+    def __call__(self, r): # (what the record is known by, its examples)
+        fields, more, turns_of = _layout(r)
+        system, turns = turns_of(r)
+        _look(r, f"{fields} {more} system weight", self.told)
+        for m in r[fields] if fields in ("messages", "conversations") else (): _look(m, "role from content value weight train loss", self.told)
+        if not _learned(r, "weight"): turns = [(p, a, False) for p, a, _ in turns]
+        name = " ".join(f"{turns[0][0] or ''} {turns[0][1]}".split()).casefold()
+        turns = [(self.ask(r if "story" in r else "") if p is None else p, a, learn) for p, a, learn in turns]
+        return name, list(_answers("\n".join(filter(None, [_optional(r, "system"), system])), turns, *self.how, self.told))
 
 # %% ../nbs/03_data.ipynb #66830c1f
 def _lines(text):
-    "(place, record) for each line of a JSONL text."
+    "(place, record or error) for each line of a JSONL text."
     for n, line in enumerate(text.split("\n"), 1):  # not splitlines: a JSON string may hold U+2028
-        try: r = read_json(line) if line.strip() else None
-        except json.JSONDecodeError as e: raise ValueError(f"line {n}: not valid JSON ({e.msg})") from None
-        except ValueError as e: raise ValueError(f"line {n}: {e}") from None
-        if line.strip(): yield f"line {n}: ", r
+        if not line.strip(): continue
+        try: r = read_json(line)
+        except json.JSONDecodeError as e: r = ValueError(f"not valid JSON ({e.msg})")
+        except ValueError as e: r = e
+        yield f"line {n}: ", r
 
 # %% ../nbs/03_data.ipynb #ec12fc76
-def _records(text):
-    "[(place, record), ...] of a JSON or JSONL text."
+def _json(text):
+    "(place, record or error) for each record of a JSON or JSONL text."
     listed = text.lstrip().startswith("[")
     try: whole = read_json(text)
-    except json.JSONDecodeError as e:
-        if listed: raise ValueError(f"line {e.lineno}: not valid JSON ({e.msg})") from None
-        return list(_lines(text))
-    except ValueError:
-        if listed: raise
-        return list(_lines(text)) # which names the line
+    except ValueError as e:
+        if not listed: return _lines(text) # which names the line
+        if isinstance(e, json.JSONDecodeError): raise ValueError(f"line {e.lineno}: not valid JSON ({e.msg})") from None
+        raise
     return [(f"record {i}: ", r) for i, r in enumerate(whole)] if isinstance(whole, list) else [("line 1: ", whole)]
 
-# %% ../nbs/03_data.ipynb #b4afa0fb
-def _file_text(path):
-    "The text of a file, without a byte order mark, each line ending in a plain newline."
-    if path.is_dir(): raise ValueError("this is a folder, not a file")
-    try: return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e: raise ValueError(f"not UTF-8 text (byte {e.start}); save it as UTF-8") from None
-
-def read_examples(
-    path,  # a .json or .jsonl file, UTF-8
-    seed: int = 0,  # which prompt goes to a story that has none
-) -> list[str]:  # "[INST] prompt[/INST] answer"
-    "Read examples in any of `LAYOUTS`. Raises BadFileError naming line or record (from 0) and field; FileNotFoundError."
-    out, place, ask = [], "", prompter(seed)
+# %% ../nbs/03_data.ipynb #66830c20
+def _table(text, delimiter):
+    "(place, record or error) for each row of a CSV text."
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        for place, r in _records(_file_text(Path(path))): out += _examples(r, ask)
-        if not out: raise ValueError("there are no examples in it")
-    except (ValueError, RecursionError) as e: raise BadFileError(f"{path}: {place}{e}\nKnown layouts:\n{LAYOUTS}") from None
+        names = next(rows, [])
+        if len(set(names)) < len(names): raise ValueError(f"a column stands twice in {str(names)[:200]}")
+        for row in filter(None, rows):
+            yield f"line {rows.line_num}: ", dict(zip(names, row)) if len(row) == len(names) else ValueError(f"{len(row)} fields, but {len(names)} columns")
+    except csv.Error as e: raise ValueError(f"line {rows.line_num}: not valid CSV ({e})") from None
+
+def _parquet(data):
+    "(place, record) for each row of a Parquet file."
+    try: from pyarrow.parquet import ParquetFile
+    except ImportError: raise ValueError("this is a Parquet file; to read it, install pyarrow: pip install pyarrow") from None
+    try:
+        file, size, n = ParquetFile(io.BytesIO(data)), 0, 0
+        for batch in file.iter_batches(256):
+            if (size := size + batch.nbytes) > _MOST: raise ValueError(f"more than {_MOST:,} bytes when unpacked")
+            for n, r in enumerate(batch.to_pylist(), n + 1): yield f"row {n}: ", r
+    except Exception as e: raise ValueError(f"not a usable Parquet file ({str(e)[:200]})") from None
+
+# %% ../nbs/03_data.ipynb #b4afa0fb
+_MOST = 200_000_000 # bytes of a file when unpacked
+_FOREIGN = {b"PK\x03\x04": "a zip archive or spreadsheet", b"\x1f\x8b": "gzip twice over", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2"}
+
+def _bytes(path):
+    "The bytes of a file, unpacked if they are gzip."
+    if path.is_dir(): raise ValueError("this is a folder, not a file")
+    data = path.read_bytes()
+    if not data.startswith(b"\x1f\x8b"): return data
+    try: data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(_MOST + 1)
+    except (OSError, EOFError, zlib.error) as e: raise ValueError(f"the gzip file is damaged ({e})") from None
+    if len(data) > _MOST: raise ValueError(f"more than {_MOST:,} bytes when unpacked")
+    return data
+
+def _records(path):
+    "(place, record or error) for each record of a file."
+    data, name = _bytes(path), path.name.lower().removesuffix(".gz")
+    if data.startswith(b"PAR1"): return _parquet(data)
+    kind = next((kind for start, kind in _FOREIGN.items() if data.startswith(start)), None)
+    if kind: raise ValueError(f"this is {kind}, not text; unpack it, or save it as CSV")
+    try: text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as e: raise ValueError(f"not UTF-8 text (byte {e.start}); save it as UTF-8") from None
+    if name.endswith((".csv", ".tsv")): return _table(text, "\t" if name.endswith(".tsv") else ",")
+    return _json(text.replace("\r\n", "\n").replace("\r", "\n"))
+
+# %% ../nbs/03_data.ipynb #b4afa0fc
+def _refusal(path, bad):
+    "The error that lists what is wrong with a file."
+    head = bad[0] if len(bad) == 1 else f"{len(bad):,} records cannot be used"
+    more = [*bad[:10], *[f"… and {len(bad) - 10:,} more"] * (len(bad) > 10)] * (len(bad) > 1)
+    return BadFileError("\n".join([f"{path}: {head}", *more, "skip_bad=True (--skip-bad) goes on without bad records.", "Known layouts:", LAYOUTS]))
+
+def _read(path, seed=0, skip_bad=False, window=8000, masked=True):
+    "[(what a record is known by, its examples), ...]. Raises as `read_examples` does."
+    path, read, out, bad = _home(path), _Reader(seed, window, masked), [], []
+    try:
+        for place, r in _records(path):
+            try:
+                if isinstance(r, Exception): raise r
+                out.append(read(r))
+            except (ValueError, RecursionError) as e: bad.append(f"{place}{e}")
+        if not bad and not any(examples for _, examples in out): raise ValueError("there are no examples in it")
+    except ValueError as e: raise _refusal(path, [str(e)]) from None
+    if bad and not (skip_bad and any(examples for _, examples in out)): raise _refusal(path, bad)
+    if bad: warnings.warn(f"{path}: skipped {len(bad):,} of {len(bad) + len(out):,} records; {'; '.join(bad[:10])}", stacklevel=3)
+    told = [f"{what} ({n:,}x)" for what, n in read.told.most_common(12) if n]
+    if told: warnings.warn(f"{path}: {'; '.join(told)}", stacklevel=3)
     return out
+
+# %% ../nbs/03_data.ipynb #b4afa0fd
+def read_examples(
+    path,  # a .json, .jsonl, .csv, .tsv or .parquet file, or one of these gzipped; UTF-8
+    seed: int = 0,  # which prompt goes to a story that has none
+    skip_bad: bool = False,  # go on without bad records, and say how many
+    window: int = 8000,  # characters in an example of a conversation; the oldest turns give way
+) -> list[str]:  # "[INST] prompt[/INST] answer"
+    "Read examples in any of `LAYOUTS`. Raises BadFileError naming line or record (from 0) and field of all bad ones; FileNotFoundError."
+    return [e for _, examples in _read(path, seed, skip_bad, window) for e in examples]
 
 # %% ../nbs/03_data.ipynb #3b14f341
 IGNORE = -100  # the label that F.cross_entropy leaves out
 
-def _encode(text, tok, seq_len, mask_prompt):
-    "(ids, labels) of one example, cut to `seq_len`."
+def _parts(text, mask_prompt):
+    "(prompt with its marks, answer)"
     _text(text, "the text")
     head, mark, answer = text.rpartition(END_INST)  # the last mark: all before it is prompt
     if mask_prompt and not (mark and answer.strip()):
         raise ValueError(f"no {END_INST} with an answer after it, so nothing to mask up to, in {text[:40]!r}")
-    prompt = [tok.eot] + tok.encode(head + mark)
-    ids = prompt + tok.encode(answer) + [tok.eot]
+    return head + mark, answer
+
+def _encode(prompt, answer, eot, seq_len, mask_prompt):
+    "(ids, labels) of one example, cut to `seq_len`; prompt and answer are ids."
+    prompt = [eot] + prompt
+    ids = prompt + answer + [eot]
     labels = [IGNORE] * len(prompt) + ids[len(prompt):] if mask_prompt else list(ids)
     return ids[:seq_len], labels[:seq_len]
 
@@ -288,18 +415,27 @@ def _learns(encoded):
     "Is any label scored? The first token is never predicted, so its label does not count."
     return any(l != IGNORE for l in encoded[1][1:])
 
-def _report(skipped, n, seq_len):
-    "Warn about the skipped examples; raise if they are all there is."
+class _Nothing(ValueError): "No example has anything to learn."
+
+def _report(encoded, seq_len, eot):
+    "Warn about skipped and cut examples; raise if all are skipped."
+    n, skipped = len(encoded), [i for i, e in enumerate(encoded) if not _learns(e)]
     if n == 0: raise ValueError("there are no examples to encode")
-    if len(skipped) == n: raise ValueError(f"nothing to learn: none of {n} examples reaches its answer within seq_len={seq_len}")
+    if len(skipped) == n: raise _Nothing(f"nothing to learn: none of {n} examples reaches its answer within seq_len={seq_len}")
     more = ", …" if len(skipped) > 10 else ""
     if skipped: warnings.warn(f"skipped {len(skipped)} of {n} examples, cut before the answer at seq_len={seq_len}: "
                               f"[{', '.join(map(str, skipped[:10]))}{more}]", stacklevel=3)
+    cut = sum(ids[-1] != eot for ids, _ in encoded) - len(skipped)
+    if cut: warnings.warn(f"{cut} of {n} examples are cut at seq_len={seq_len} and lose their end token: they do not teach where to stop", stacklevel=3)
 
 # %% ../nbs/03_data.ipynb #b03b3d81
 def _at_least(least, n, name):
     "Raise ValueError unless `n` is a whole number of at least `least`."
     if not isinstance(n, int) or n < least: raise ValueError(f"{name} must be a whole number of at least {least}, not {n!r}")
+
+def _batched(tok, texts):
+    "The ids of each text, on all cores; some hundred at a time, since the tokenizer's own notes on a text are large."
+    for i in range(0, len(texts), 500): yield from tok.encode_batch(texts[i:i + 500])
 
 def encode_examples(
     examples,  # list of str in the [INST] form
@@ -307,11 +443,12 @@ def encode_examples(
     seq_len: int = 256,  # longest example kept whole, in tokens; at least 2
     mask_prompt: bool = False,  # learn the answer only
 ) -> list[tuple[list[int], list[int]]]:  # (ids, labels), equally long and aligned
-    "Encode and cut to `seq_len`; skip with a warning what has no label left. Raises ValueError on a bad example, or if none is left."
+    "Encode and cut to `seq_len`; warn of cut answers, skip with a warning what has no label left. Raises ValueError on a bad example, or if none is left."
     _at_least(2, seq_len, "seq_len")
     if getattr(tok, "eot", None) is None: raise ValueError(f"{type(tok).__name__} has no `eot`, the id that ends an example")
-    encoded = _each(lambda text: _encode(text, tok, seq_len, mask_prompt), examples, "example")
-    _report([i for i, e in enumerate(encoded) if not _learns(e)], len(encoded), seq_len)
+    parts = _each(lambda text: _parts(text, mask_prompt), examples, "example")
+    encoded = [_encode(*ids, tok.eot, seq_len, mask_prompt) for ids in zip(*(_batched(tok, texts) for texts in zip(*parts)))]
+    _report(encoded, seq_len, tok.eot)
     return [e for e in encoded if _learns(e)]
 
 # %% ../nbs/03_data.ipynb #c6159f3c
@@ -342,11 +479,11 @@ def collate(
 def bucketed_batches(
     encoded,  # list of (ids, labels)
     batch_size: int,  # examples per batch; one batch may be smaller
-    seed: int = 0,  # order of the batches, and who meets whom among near-equal lengths
+    seed = 0,  # an integer, or a tuple such as (seed, epoch): order of the batches, and who meets whom among near-equal lengths
 ) -> list[list[tuple[list[int], list[int]]]]:  # each example exactly once; no examples, no batches
     "Batches of similar length, in random order. Raises ValueError if `batch_size` < 1."
     _at_least(1, batch_size, "batch_size")
-    encoded, rng = _listed(encoded, "example"), random.Random(seed)
+    encoded, rng = _listed(encoded, "example"), random.Random(repr(seed) if isinstance(seed, tuple) else seed)
     order = sorted(rng.sample(encoded, len(encoded)), key=lambda e: len(e[0]) // 8)  # coarse: neighbours change with the seed
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     return rng.sample(batches, len(batches))
