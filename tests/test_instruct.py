@@ -364,11 +364,6 @@ def test_many_texts_are_encoded_as_one_is(tok):
     texts = [format_example(f"Say {i}.", f"{i} it is, <|endoftext|>!") for i in range(1203)]
     assert [ids for ids, _ in encode_examples(texts, tok)] == [[tok.eot, *tok.encode(t), tok.eot] for t in texts]
 
-def test_two_seeds_share_no_epoch():
-    encoded = [([i] * 8, [i] * 8) for i in range(40)]
-    orders = [str(bucketed_batches(encoded, 4, (seed, epoch))) for seed in range(4) for epoch in range(4)]
-    assert len(set(orders)) == 16 and orders[0] == str(bucketed_batches(encoded, 4, (0, 0)))
-
 def test_an_empty_batch_is_named():
     with pytest.raises(ValueError, match="an empty batch"): collate([], 0)
 

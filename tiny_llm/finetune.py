@@ -40,7 +40,7 @@ def encoded_batches(
     encoded: list, # from `encode_examples`
     batch_size: int, # examples in a batch
     pad_id: int, # id that fills up the inputs
-    seed=0, # of the order of the batches; an integer, or a tuple such as (seed, epoch)
+    seed: int=0, # of the order of the batches
 ) -> list: # (x, y), both (B, T) long
     "Length-bucketed batches as tensors."
     return [collate(b, pad_id) for b in bucketed_batches(encoded, batch_size, seed)]
@@ -73,7 +73,7 @@ class endless:
         seed: int, # of the order
     ):
         if not encoded: raise ValueError("no examples to train on")
-        self.make = lambda epoch: bucketed_batches(encoded, batch_size, (seed, epoch))
+        self.make = lambda epoch: bucketed_batches(encoded, batch_size, 1_000_000 * seed + epoch)
         self.step, self.epoch, self.batches, self.pad_id = 0, 0, self.make(0), pad_id
     def __iter__(self): return self
     def __next__(self): # (x, y), each (B, T) long
@@ -176,7 +176,7 @@ def describe_finetune(
     "What decides the result: settings, adapters, base and examples."
     layers, digest = lora_modules(model), hashlib.sha256(json.dumps(encoded).encode()).hexdigest()
     r, alpha = next((m.r, float(m.alpha)) for m in layers.values())
-    return dict(settings, r=r, alpha=alpha, order="(seed, epoch)", layers=" ".join(layers), base=fingerprint(model)[:16], examples=digest[:16])
+    return dict(settings, r=r, alpha=alpha, layers=" ".join(layers), base=fingerprint(model)[:16], examples=digest[:16])
 
 # %% ../nbs/04_train.ipynb #6d1918ac
 _LASTING = ("losses", "valid_losses", "seconds", "train_seconds", "tokens", "best") # of a FinetuneResult, kept from sitting to sitting

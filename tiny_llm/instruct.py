@@ -479,11 +479,11 @@ def collate(
 def bucketed_batches(
     encoded,  # list of (ids, labels)
     batch_size: int,  # examples per batch; one batch may be smaller
-    seed = 0,  # an integer, or a tuple such as (seed, epoch): order of the batches, and who meets whom among near-equal lengths
+    seed: int = 0,  # order of the batches, and who meets whom among near-equal lengths
 ) -> list[list[tuple[list[int], list[int]]]]:  # each example exactly once; no examples, no batches
     "Batches of similar length, in random order. Raises ValueError if `batch_size` < 1."
     _at_least(1, batch_size, "batch_size")
-    encoded, rng = _listed(encoded, "example"), random.Random(repr(seed) if isinstance(seed, tuple) else seed)
+    encoded, rng = _listed(encoded, "example"), random.Random(seed)
     order = sorted(rng.sample(encoded, len(encoded)), key=lambda e: len(e[0]) // 8)  # coarse: neighbours change with the seed
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     return rng.sample(batches, len(batches))

@@ -65,7 +65,7 @@ MUTANTS = [
         ("no warm-up", "min((step + 1) / min(warmup, max_steps), (max_steps - step) / max_steps)", "(max_steps - step) / max_steps"),
         ("an epoch skips its last batch", "divmod(self.step, len(self.batches))", "divmod(self.step, len(self.batches) - 1)"),
         ("a run is not known by its examples", "examples=digest[:16]", "examples=digest[:0]"),
-        ("every epoch has the same order", "(seed, epoch))", "(seed, 0))"),
+        ("every epoch has the same order", "1_000_000 * seed + epoch)", "1_000_000 * seed)"),
         ("validation is per batch, not per token", "return nats / n", "return nats / max(1, len(batches))"),
         ("the latest adapter is kept, not the best", "if step and loss < best:", "if step:"),
         ("a state forgets A and B", "[p.copy_(saved) for p, saved in zip(lora_parameters(result.model), state[\"params\"])]", "pass"),
