@@ -1,6 +1,10 @@
-"Logs of runs."
+"Files that are never half written, folders that have one owner, logs of runs."
+import multiprocessing, os, re, time
 import pytest
-from tiny_llm.files import BadFileError, log_runs, read_jsonl
+from tiny_llm import files
+from tiny_llm.files import BadFileError, atomic_folder, atomic_path, log_runs, owned, probe, read_jsonl, read_whole
+
+ctx = multiprocessing.get_context("forkserver")
 
 def test_a_killed_measurement_goes_on(tmp_path):
     made, settings, log = [], [dict(n=n) for n in range(5)], tmp_path/"log"
@@ -22,3 +26,75 @@ def test_a_bad_line_is_named(tmp_path):
 
 def test_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError): read_jsonl(tmp_path/"no")
+
+def save_often(folder, name, q):
+    "A process that saves two files that agree, for a second."
+    end, n, bad = time.time() + 1, 0, 0
+    while time.time() < end:
+        try:
+            with atomic_folder(folder) as tmp: [(tmp/f).write_text(f"{name} {n}") for f in "ab"]
+            n += 1
+        except OSError: bad += 1
+    q.put((n, bad))
+
+def test_two_processes_save_into_one_folder(tmp_path):
+    "Field case 7, and a reader beside them: each save happens, each look sees one save."
+    q, looks = ctx.Queue(), []
+    children = [ctx.Process(target=save_often, args=(tmp_path/"f", n, q)) for n in (1, 2)]
+    for c in children: c.start()
+    while any(c.is_alive() for c in children) and q.qsize() < 2: looks.append(read_whole(tmp_path/"f", ["a", "b"]))
+    ended = [q.get() for _ in children]; [c.join() for c in children]
+    assert all(n > 3 and not bad for n, bad in ended) and all(len(set(d.values())) <= 1 and len(d) in (0, 2) for d in looks)
+    assert sorted(os.listdir(tmp_path/"f")) == ["a", "b"]
+
+def own_for_ever(folder, q):
+    with owned(folder):
+        (files._temporary(folder)).write_text("half")
+        q.put(1); time.sleep(60)
+
+def test_a_folder_has_one_owner(tmp_path):
+    q = ctx.Queue(); child = ctx.Process(target=own_for_ever, args=(tmp_path/"f", q)); child.start(); q.get()
+    (tmp_path/"f"/".theirs.1.tmp").write_text("another's")
+    with pytest.raises(FileExistsError, match=rf"process {child.pid} on .*started 20\d\d-"):
+        with owned(tmp_path/"f"): pass
+    child.kill(); child.join()
+    with owned(tmp_path/"f"):
+        with owned(tmp_path/"f"): pass # the same thread may
+        assert sorted(os.listdir(tmp_path/"f")) == [".lock", ".theirs.1.tmp"] # what the dead one left is gone, and nothing else
+
+def test_a_folder_that_was_made_for_nothing_is_gone(tmp_path):
+    with pytest.raises(ValueError):
+        with owned(tmp_path/"a"): raise ValueError
+    assert os.listdir(tmp_path) == []
+
+@pytest.mark.parametrize("text", ["", "no JSON", "[1]", '{"process": "*/../..", "mark": "*"}'])
+def test_a_strange_lock_file_is_taken_over(tmp_path, text):
+    (tmp_path/".lock").write_text(text); (tmp_path/".a.tmp").touch()
+    with owned(tmp_path): pass
+    assert os.listdir(tmp_path) == [".a.tmp"]
+
+# What the system is used to
+
+def test_the_umask_decides_who_may_read(tmp_path):
+    "Field case 19; a file that is replaced keeps its rights."
+    old = os.umask(0o027)
+    try:
+        with atomic_path(tmp_path/"a") as tmp: tmp.touch(mode=0o600)
+        with atomic_folder(tmp_path/"f") as tmp: (tmp/"a").touch(mode=0o600)
+        (tmp_path/"a2").touch(); (tmp_path/"a2").chmod(0o604)
+        with atomic_path(tmp_path/"a2") as tmp: tmp.touch()
+    finally: os.umask(old)
+    assert [(tmp_path/p).stat().st_mode & 0o777 for p in ("a", "f/a", "a2")] == [0o640, 0o640, 0o604]
+
+def test_links_are_written_through_and_home_is_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path)); (tmp_path/"real").mkdir(); (tmp_path/"link").symlink_to("real/a")
+    with atomic_path("~/link") as tmp: tmp.write_text("new")
+    assert (tmp_path/"link").is_symlink() and (tmp_path/"real/a").read_text() == "new"
+    with atomic_folder("~/f") as tmp: (tmp/"a").touch()
+    assert (tmp_path/"f/a").exists()
+
+@pytest.mark.parametrize("path, error", [("folder", IsADirectoryError), ("file/x", NotADirectoryError), ("/dev/null", OSError), ("n" * 300, OSError)])
+def test_an_output_that_cannot_be_written_is_found_at_once(tmp_path, path, error):
+    (tmp_path/"folder").mkdir(); (tmp_path/"file").touch()
+    with pytest.raises(error, match=re.escape(path)): probe(tmp_path/path)
+    probe(tmp_path/"new"/"x"); assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
