@@ -267,7 +267,6 @@ def test_loading_keeps_mode_and_follows_the_base(tmp_path):
     save_adapter(trained(), tmp_path)
     assert all(m.training for m in load_adapter(small().train(), tmp_path).modules())
     assert not any(m.training for m in load_adapter(small(), tmp_path).modules())
-    with pytest.raises(BadFileError, match="another base"): load_adapter(small().bfloat16(), tmp_path)
 
 def test_load_with_lora(tmp_path):
     model = trained(); save_adapter(model, tmp_path/"a"); save_checkpoint(small(), tmp_path/"base.safetensors")
@@ -293,8 +292,8 @@ def test_swap_there_and_back(tmp_path, how):
 
 def test_swap_with_a_known_fingerprint(tmp_path, monkeypatch):
     model = trained(); save_adapter(model, tmp_path); known = fingerprint(model)
-    def forbidden(model): raise AssertionError("computed the fingerprint")
-    monkeypatch.setattr("tiny_llm.adapter.fingerprint", forbidden)
+    def forbidden(*args): raise AssertionError("computed the fingerprint")
+    monkeypatch.setattr("tiny_llm.adapter._print", forbidden)
     swap_adapter(model, tmp_path, known)
     with pytest.raises(BadFileError, match="another base"): swap_adapter(model, tmp_path, "0" * 64)
 
@@ -434,12 +433,20 @@ def test_there_and_back_in_type_loses_nothing():
     unmerge_lora(merge_lora(model).bfloat16().float())
     assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
 
-def test_a_second_adapter_on_a_merged_model_is_not_lost():
-    model = add_lora_to_model(merge_lora(trained()))
-    for f in (unmerge_lora, merge_lora):
-        with pytest.raises(ValueError, match="merge"): f(model)
-    assert len(lora_modules(model)) == 4
-    assert len(lora_modules(unmerge_lora(remove_lora(model)))) == 4 # the first ones are back
+def test_a_second_adapter_on_a_merged_model_is_refused_before_it_is_trained(tmp_path):
+    model = merge_lora(trained()); before = picture(model)
+    with pytest.raises(ValueError, match="keep=False"): add_lora_to_model(model)
+    with pytest.raises(ValueError, match="keep=False"): add_lora_to_model(nn.ModuleDict(dict(a=model, b=small())), targets="qkv")
+    assert same(picture(model), before) and len(lora_modules(unmerge_lora(model))) == 4
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_final_merge_takes_a_second_adapter(tmp_path, at_once):
+    model = trained() if at_once else merge_lora(trained())
+    base = copy.deepcopy(merge_lora(model, keep=False)); expected = logits(model)
+    assert not [k for k in vars(model) if "lora" in k or "merge" in k] and not model._forward_hooks and not model._forward_pre_hooks
+    with pytest.raises(ValueError, match="for good"): unmerge_lora(model)
+    save_adapter(trained(model, r=2), tmp_path)
+    assert not torch.allclose(logits(model), expected) and torch.equal(logits(load_adapter(base, tmp_path)), logits(model))
 
 def test_a_merged_checkpoint_is_a_plain_one(tmp_path):
     from tiny_llm.gpt import load_checkpoint
