@@ -313,7 +313,7 @@ def _base_state(model):
 
 def _cast(state, dtype): return {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
 
-def _print(state, model):
+def _print(state, model=None):
     "What `fingerprint` gives for this state of the base."
     return digest(state, json.dumps(asdict(model.config), sort_keys=True) if isinstance(model, GPT) else "")
 
