@@ -243,7 +243,7 @@ def _one_error(path, what="adapter"):
 
 def _one_save(path, names, read): # `path` with `~` expanded
     "What `read()` makes of files that belong together: once more if another process saved meanwhile."
-    there = lambda: _seen(path, names) if path.is_dir() else None
+    there = lambda: ([committed(path, n) for n in names], _seen(path, names)) if path.is_dir() else None
     while True:
         seen = there()
         try: result = read()
