@@ -150,3 +150,21 @@ def test_dropout_only_while_training_and_only_on_the_detour():
     assert torch.equal(layer.train()(x), layer.base(x))
 
 # --- surgery and adapters ---
+
+# --- what others see of the layer ---
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_it_answers_as_the_layer_that_it_wraps(bias):
+    layer = random_layer(bias=bias)
+    assert layer.weight is layer.base.weight and layer.bias is layer.base.bias and (layer.in_features, layer.out_features) == (12, 20)
+    assert list(layer.state_dict()) == ["A", "B", "base.weight", *["base.bias"] * bias]
+    with pytest.raises(KeyError): layer.weight = nn.Parameter(torch.zeros(20, 12))
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_float32_adapters_on_a_16_bit_base(low):
+    layer, x = random_layer(low), torch.randn(4, 12).to(low)
+    layer.A.data, layer.B.data = layer.A.data.float(), layer.B.data.float()
+    assert layer(x).dtype == low and layer.delta_weight().dtype == torch.float32
+    assert_close(layer(x).double(), naive(layer, x)[1], **TOLERANCE[low])
+    layer(x).float().sum().backward()
+    assert layer.A.grad.dtype == layer.B.grad.dtype == torch.float32 and layer.A.grad.count_nonzero()

@@ -19,23 +19,20 @@ from .files import BadFileError, _home, _seen, atomic_folder, committed, read_js
 from .gpt import GPT, check_tensors, digest, load_checkpoint, write_tensors
 from .generate import BASE
 from .lora import (_ROUNDED, LoRALinear, _base_state, _cast, _changing, _forget, _has_suffix, _held, _inside, _install, _linear_names, _matches,
-                           _no_match, _plain, _print, _prints, _refuse, _refuse_merged, _replace, _setting, _short, _sums, _wrap, is_conv1d, linear_shape,
+                           _no_match, _plain, _print, _prints, _ready, _refuse, _replace, _setting, _short, _still, _sums, _wrap, is_conv1d, linear_shape,
                            lora_modules, lora_parameters, match_targets)
 from .train import default_device
 
 # %% ../nbs/05_load_merge.ipynb #d375f43b
-def _ready(model):
-    _held(model)
-    _refuse_merged(model)
-    if "_lora_off" in vars(model): raise ValueError("the adapters are switched off; leave the block of disable_lora first")
-
 @_inside
 @contextmanager
 def disable_lora(
     model: nn.Module, # any model
 ): # inside the block the model is its base, for all threads
     "Run the base without its adapters for a while. Raises `ValueError` on a merged model, or a bare LoRALinear."
-    if not (layers := lora_modules(model)): _refuse_merged(model); yield model; return
+    layers = lora_modules(model)
+    if "_lora_off" in vars(model): yield model; return # by a block around this one
+    _ready(model)
     def put(layers):
         with _changing(model):
             for n, layer in layers.items(): _replace(model, n, layer)
@@ -164,7 +161,8 @@ def save_adapter(
     path, # the adapter's folder; it is made if needed
 ):
     "Write the adapters of `model` as PEFT does. Raises `ValueError` if there are none (e.g. merged), they are not finite, or more has changed; `OSError`."
-    _write_adapter(path, adapter_config(model), adapter_tensors(model), _base_prints(model))
+    with _still(model): config, tensors = adapter_config(model), {k: v.clone() for k, v in adapter_tensors(model).items()}
+    _write_adapter(path, config, tensors, _base_prints(model))
 
 # %% ../nbs/05_load_merge.ipynb #6831e967
 UNSUPPORTED = """alora_invocation_tokens arrow_config bias ensure_weight_tying kasa_config layer_replication lora_bias megatron_config
@@ -347,6 +345,8 @@ def _filled(layers, tensors):
     "The LoRA layers, with these numbers in A and B. Raises `ValueError` where one is too large for their type."
     with torch.no_grad():
         for n, layer in layers.items(): layer.A.copy_(tensors[f"{n}.A"]), layer.B.copy_(tensors[f"{n}.B"])
+    large = [n for n, layer in layers.items() if not (layer.A.isfinite().all() and layer.B.isfinite().all())]
+    if large: raise ValueError(f"A or B of {large[:5]} is too large for {layers[large[0]].A.dtype}, the type of this base")
     return layers
 
 def _load(model, path, base_print=None):
@@ -358,7 +358,8 @@ def _load(model, path, base_print=None):
         with _one_error(path): return how, _read_tensors(weights, note)
     how, tensors = _one_save(_home(path), _FILES, read)
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    try: return _filled(_wrap(model, how), tensors)
+    try:
+        with _one_error(path): return _filled(_wrap(model, how), tensors)
     finally:
         for p, flag in flags: p.requires_grad_(flag) # wrapping freezes; until the layers are in place nothing has changed
 

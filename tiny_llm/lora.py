@@ -253,6 +253,9 @@ def _enter(model, args):
 def _leave(model, args, result):
     if not torch.compiler.is_compiling(): model._lora_gate.leave()
 
+def _still(model): # no change by another thread meanwhile
+    return model._lora_gate.turn if hasattr(model, "_lora_gate") else nullcontext()
+
 def _changing(model): return model._lora_gate.closed() if hasattr(model, "_lora_gate") else nullcontext()
 
 # %% ../nbs/02_surgery.ipynb #3ce670f8
@@ -304,12 +307,13 @@ _ROUNDED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 def _base_state(model):
     "The state dict that the model has without its adapters; no layer is moved."
+    with _still(model): layers, state = dict(model.named_modules(remove_duplicate=False)), model.state_dict()
     names = {}
-    for n, m in model.named_modules(remove_duplicate=False):
+    for n, m in layers.items():
         if isinstance(m, LoRALinear):
             at = f"{n}." if n else ""
             names |= {f"{at}A": None, f"{at}B": None, **{f"{at}base.{k}": f"{at}{k}" for k in m.base.state_dict()}}
-    return {names.get(k, k): v for k, v in model.state_dict().items() if names.get(k, k) and isinstance(v, torch.Tensor)}
+    return {names.get(k, k): v for k, v in state.items() if names.get(k, k) and isinstance(v, torch.Tensor)}
 
 def _cast(state, dtype): return {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
 
@@ -343,9 +347,12 @@ def _forget(model):
     for name in ("_lora_gate", "_lora_base"): vars(model).pop(name, None)
     return model
 
-def _refuse_merged(model):
+def _ready(model):
+    "Raise `ValueError` unless the adapters of a model can be looked at and changed."
+    _held(model)
     if any("_before_merge" in vars(m) for m in model.modules()):
         raise ValueError("this model is merged: its adapter is part of the weights. Call unmerge_lora first, or make the merge final with merge_lora(model, keep=False)")
+    if "_lora_off" in vars(model): raise ValueError("the adapters are switched off; leave the block of disable_lora first")
 
 # %% ../nbs/02_surgery.ipynb #93c5cc38
 def _layer_settings(names, r, alpha, dropout, use_rslora, rank_pattern, alpha_pattern):
@@ -368,8 +375,8 @@ def add_lora_to_model(
     alpha_pattern: dict=None, # {end of a name: its own alpha}
 ) -> nn.Module: # the same model
     "Wrap the targets, freeze all but A and B (arXiv 2106.09685, section 4.2). Raises `ValueError`, model unchanged."
-    _refuse_merged(model)
     if lora_modules(model): raise ValueError("this model has LoRA layers already; call remove_lora(model) first")
+    _ready(model)
     names = match_targets(model, targets, exclude)
     _refuse(model, names)
     return _install(model, _wrap(model, _layer_settings(names, r, alpha, dropout, use_rslora, rank_pattern, alpha_pattern)))
@@ -380,9 +387,9 @@ def remove_lora(
     model: nn.Module, # changed in place; without LoRA layers nothing happens
 ) -> nn.Module: # the same model with its own layers back, still frozen
     "Take the adapters out and throw them away. Raises `ValueError` where the model itself is a LoRALinear."
-    _held(model)
+    if not (layers := lora_modules(model)): return model
     with _changing(model):
-        for name, layer in lora_modules(model).items(): _replace(model, name, layer.base)
+        for name, layer in layers.items(): _replace(model, name, layer.base)
     return _forget(model)
 
 # %% ../nbs/02_surgery.ipynb #3db8a099
