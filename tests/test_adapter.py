@@ -513,7 +513,7 @@ class Odd(nn.Module):
         self.odd = nn.ModuleDict({n: nn.Linear(8, 8) for n in self.NAMES})
         self.A = nn.Parameter(torch.randn(8))
     def forward(self, x):
-        for m in (self.up, *self.first.values(), *self.odd.values()): x = m(x).tanh()
+        for m in (self.up, *self.first.values(), *self.odd.values()): x = x + m(x).tanh()
         return x * self.A
 
 @pytest.mark.parametrize("targets", ["a+b", "[z]", "x(y", "n\nl", "base", "lora_A", "é", re.compile(r"^up$"), re.compile("^odd"), "all-linear"], ids=repr)

@@ -473,7 +473,7 @@ def test_a_layer_whose_weight_is_multiplied_by_others_is_refused():
     assert list(lora_modules(add_lora_to_model(Above(), r=2, targets="called"))) == ["inner.called"]
 
 @pytest.mark.parametrize("kind, how, name", [("Mamba", dict(hidden_size=16, num_hidden_layers=1, state_size=4), "out_proj"),
-    ("Rwkv", dict(hidden_size=16, num_hidden_layers=1, attention_hidden_size=16), "attention.output")])
+    ("Rwkv", dict(hidden_size=16, num_hidden_layers=2, attention_hidden_size=16), "attention.output")])
 def test_models_that_multiply_with_their_weights(kind, how, name):
     T = pytest.importorskip("transformers")
     refused(getattr(T, kind + "ForCausalLM")(getattr(T, kind + "Config")(vocab_size=48, **how)), match=f"{name}: {kind}.* reads", targets=name, r=2)
