@@ -52,8 +52,10 @@ def test_round_trip(tmp_path, targets, r, alpha):
     assert adapter_config(again) == adapter_config(model) and lora_modules(again).keys() == lora_modules(model).keys()
     assert {n.rsplit(".", 1)[-1] for n, p in again.named_parameters() if p.requires_grad} == {"A", "B"}
 
-def test_the_largest_rank(tmp_path):
-    model = trained(r=SHAPE["d_model"], targets="attn.W_o")
+@pytest.mark.filterwarnings("ignore:the rank is larger")
+@pytest.mark.parametrize("r", [SHAPE["d_model"], 2 * SHAPE["d_model"]])
+def test_the_largest_rank_and_a_larger_one(tmp_path, r):
+    model = trained(r=r, targets="attn.W_o")
     save_adapter(model, tmp_path/"a")
     assert torch.equal(logits(load_adapter(small(), tmp_path/"a")), logits(model))
 
@@ -193,7 +195,7 @@ DAMAGE = { # what happened: (how, part of the message)
     "alpha of another save": (config_with(lora_alpha=32), "different saves.*lora_alpha"),
     "targets of another save": (config_with(target_modules=["attn.qkv"]), "different saves.*target_modules"),
     "rank is text": (foreign_config(r="8"), "r='8'"), "rank is a fraction": (foreign_config(r=8.5), "r='8.5'"),
-    "rank 0": (foreign_config(r=0), "rank 0"), "rank 4": (foreign_config(r=4), "shape"), "a rank of one layer": (foreign_config(rank_pattern={"qkv": 4}), "shape"), "rank too high": (foreign_config(r=10**12), "rank 10000"), "rank is true": (foreign_config(r=True), "r='True'"),
+    "rank 0": (foreign_config(r=0), "rank 0"), "rank 4": (foreign_config(r=4), "shape"), "a rank of one layer": (foreign_config(rank_pattern={"qkv": 4}), "shape"), "rank too high": (foreign_config(r=10**12), "expected .10*"), "rank is true": (foreign_config(r=True), "r='True'"),
     "alpha is text": (foreign_config(lora_alpha="x"), "lora_alpha"), "alpha is NaN": (foreign_config(lora_alpha=float("nan")), "lora_alpha"), "alpha 0": (foreign_config(lora_alpha=0), "lora_alpha"),
     "dropout 2": (foreign_config(lora_dropout=2), "lora_dropout"), "dropout is text": (foreign_config(lora_dropout="x"), "not a usable"),
     "no targets": (foreign_config(target_modules=None), "target_modules"), "targets are numbers": (foreign_config(target_modules=[1]), "target_modules"),
@@ -586,10 +588,9 @@ def test_a_message_names_the_remedy(tmp_path):
 
 CAST = {"float32": lambda m: m, "bfloat16": lambda m: m.bfloat16(), "float16": lambda m: m.half(), "there and back": lambda m: m.bfloat16().float()}
 
-@pytest.mark.parametrize("first, then", [(a, b) for a in CAST for b in CAST if a == "float32" or b == "float32" or "16" not in a + b or a == b])
+@pytest.mark.parametrize("first, then", [*(("float32", b) for b in CAST), ("bfloat16", "float32"), ("bfloat16", "there and back"), ("float16", "float32")])
 def test_the_same_base_in_another_type(tmp_path, first, then):
-    if (first, then) == ("there and back", "float32"): pytest.skip("this base was rounded, and nothing says so")
-    model = add_lora_to_model(CAST[first](small())); opt = torch.optim.SGD(lora_parameters(model), lr=0.1)
+    model = add_lora_to_model(CAST[first](small()))
     for layer in lora_modules(model).values(): nn.init.normal_(layer.B, std=0.1)
     save_adapter(model, tmp_path)
     again = load_adapter(CAST[then](small()), tmp_path)

@@ -267,7 +267,7 @@ def test_second_call_raises():
     refused(model, match="already")
     refused(model, match="already", targets="mlp.up")
 
-@pytest.mark.parametrize("how", [dict(r=0), dict(r=-1), dict(r=33), dict(dropout=2.0), dict(r=17, targets=("gate", "W_o", "narrow"))], ids=str)
+@pytest.mark.parametrize("how", [dict(r=0), dict(r=-1), dict(dropout=2.0), dict(r=17, targets=("gate", "W_o", "narrow"), rank_pattern={"narrow": 0})], ids=str)
 def test_bad_numbers_change_nothing(how):
     model = make(gpt)[0]
     model.narrow = nn.Linear(32, 16) # the last layer, so that others come before the error
@@ -278,9 +278,8 @@ def test_a_bad_alpha_changes_nothing(): refused(make(gpt)[0], TypeError, alpha="
 def test_flags_come_back_as_they_were():
     model = make(sequential)[0]
     model[0].bias.requires_grad_(False)
-    refused(model, targets="all-linear", r=17) # fits no layer
-    model.append(nn.Linear(16, 2))
-    refused(model, targets="all-linear", r=8, match="^3: ") # fits all but the last
+    refused(model, targets="all-linear", r=0) # wrong for the first layer
+    refused(model, targets="all-linear", r=8, rank_pattern={"2": 0}, match="^2: ") # right for all but the last
 
 def test_the_model_itself_is_a_layer():
     refused(nn.Linear(8, 8), match="LoRALinear\\(model\\)", targets="all-linear")
@@ -391,7 +390,7 @@ def test_convolutions_are_named_as_not_supported():
 
 @pytest.mark.parametrize("how, why", [(dict(exclude="nothing"), "nothing"), (dict(targets="all-linear", exclude="all-linear"), "without 'all-linear'"),
     (dict(rank_pattern={"nothing": 4}), "rank_pattern.*nothing"), (dict(alpha_pattern={"(": 4}), "cannot be used"), (dict(alpha_pattern={"blocks.0.attn.[[:alpha:]]*": 4}), "cannot be used"), (dict(alpha_pattern={"blocks.0.attn.[[a-z]]*": 4}), "classes in classes"), (dict(alpha_pattern={"blocks.0.attn.[:a-z]*": 4}), "classes in classes"),
-    (dict(rank_pattern={"(?:x{2147483647}){2147483647}": 4}), "cannot be used"), (dict(rank_pattern={"(?:attn.qkv){e<=1}": 4}), "cannot be used"), (dict(rank_pattern={"attn.qkv": 999}), "999"),
+    (dict(rank_pattern={"(?:x{2147483647}){2147483647}": 4}), "cannot be used"), (dict(rank_pattern={"(?:attn.qkv){e<=1}": 4}), "cannot be used"), (dict(rank_pattern={"attn.qkv": 0}), "r=0"),
     (dict(alpha_pattern={"attn.qkv": -1}), "alpha=-1")])
 def test_exclude_and_patterns_that_do_not_fit(how, why):
     refused(make(gpt)[0], match=why, **how)
@@ -528,3 +527,8 @@ def test_removing_leaves_nothing_behind(copied):
 
 def test_a_merged_or_bare_model_gets_no_second_adapter():
     refused(LoRALinear(nn.Linear(4, 4), r=2), match="already", r=2)
+
+def test_a_rank_above_the_size_of_a_layer_is_told_once():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 1), nn.Linear(1, 2)) # a gate with one output
+    with pytest.warns(UserWarning, match=r"larger than 2 of the layers.*'1', '2'") as told: add_lora_to_model(model, r=4, targets="all-linear")
+    assert len(told) == 1 and lora_modules(model)["1"].B.shape == (1, 4)

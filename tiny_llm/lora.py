@@ -31,9 +31,8 @@ def _check_lora(base, r, alpha, dropout):
     if isinstance(base, LoRALinear): raise TypeError("this layer is a LoRALinear already; wrap the nn.Linear inside it once")
     if not isinstance(base, nn.Linear) and not is_conv1d(base):
         raise TypeError(f"LoRALinear wraps an nn.Linear (or GPT-2's Conv1D), not {type(base).__name__}")
-    limit = min(linear_shape(base))
     if isinstance(r, bool) or not isinstance(r, int): raise ValueError(f"rank r={r!r} is not a whole number")
-    if not 1 <= r <= limit: raise ValueError(f"rank r={r} is outside 1…{limit} for a layer of shape {linear_shape(base)}")
+    if r < 1: raise ValueError(f"rank r={r} is less than 1")
     if not 0 < alpha < torch.inf: raise ValueError(f"alpha={alpha} is not a positive, finite number")
     if not 0 <= dropout < 1: raise ValueError(f"dropout={dropout} is not a share of 0 or more and less than 1")
 
@@ -42,7 +41,7 @@ class LoRALinear(nn.Module):
     "Frozen linear layer plus trained low-rank update (arXiv 2106.09685, section 4.1). Raises `TypeError`, `ValueError`."
     def __init__(self,
         base: nn.Module, # the `nn.Linear` (or `Conv1D`) to adapt, `W` (out, in); it is frozen
-        r: int=8, # rank of the update, 1 to min(in, out)
+        r: int=8, # rank of the update, 1 or more
         alpha: float=16, # the update is multiplied by alpha / r
         dropout: float=0.0, # share of the input of `A` that is dropped while training
         use_rslora: bool=False, # multiply by alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732)
@@ -225,6 +224,8 @@ def _wrap(model, how):
         for p, flag in flags: p.requires_grad_(flag)
         if not isinstance(e, ValueError): raise
         raise ValueError(f"{n}: {e}") from e
+    wide = [n for n, m in wrapped.items() if m.r > min(linear_shape(m.base))]
+    if wide: warnings.warn(f"the rank is larger than {len(wide)} of the layers, which trains more numbers than their updates can use: {wide[:3]}", stacklevel=4)
     return wrapped
 
 # %% ../nbs/02_surgery.ipynb #5a1be004
