@@ -90,11 +90,13 @@ def test_files_have_pefts_names(tmp_path):
 
 def test_a_wrong_state_of_the_model_is_not_saved(tmp_path):
     good = trained(); save_adapter(good, tmp_path); files = [(tmp_path/f).read_bytes() for f in FILES]
-    mixed, broken = trained(), trained()
+    mixed, broken, dropping, scaled = trained(), trained(), trained(), trained()
     remove = list(lora_modules(mixed)); layer = lora_modules(mixed)[remove[0]]
-    layer.use_rslora = True
+    layer.use_rslora, lora_modules(dropping)[remove[1]].dropout.p = True, 0.5
+    lora_modules(scaled)[remove[2]].scaling *= 0.5
     with torch.no_grad(): lora_modules(broken)[remove[-1]].B[0, 0] = float("nan")
-    for model, why in ((small(), "no LoRA"), (merge_lora(trained()), "merged"), (mixed, "rsLoRA"), (broken, "NaN")):
+    for model, why in ((small(), "no LoRA"), (merge_lora(trained()), "merged"), (mixed, "rsLoRA"), (broken, "NaN"), (dropping, "dropout"),
+                       (scaled, "scaling of .*multiply B")):
         with pytest.raises(ValueError, match=why): save_adapter(model, tmp_path)
     assert [(tmp_path/f).read_bytes() for f in FILES] == files and sorted(os.listdir(tmp_path)) == list(FILES)
 

@@ -10,7 +10,7 @@ __all__ = ['PREFIX', 'CONFIG', 'WEIGHTS', 'FIELDS', 'NOTE', 'UNSUPPORTED', 'BASE
 # %% ../nbs/05_load_merge.ipynb #9fbe2546
 import copy, json, re, time, warnings
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 import torch, torch.nn as nn
 from safetensors import SafetensorError, safe_open
@@ -56,6 +56,8 @@ def adapter_tensors(
             for n, m in lora_modules(model).items() for ab in "AB"}
 
 # %% ../nbs/05_load_merge.ipynb #107be91c
+_MANY = 1000 # patterns
+
 def _fits(rule, name):
     "PEFT's rule: a regular expression for the whole name, or a list of suffixes."
     return _matches(rule, name) if isinstance(rule, str) else any(_has_suffix(name, t) for t in rule)
@@ -83,6 +85,7 @@ def _leads_back(config, layers, names):
     wrong = [n for n in names if bool(_fits(config["target_modules"], n)) != (n in layers)]
     wrong += [n for n, (r, alpha) in layers.items()
               if (_setting(n, config["rank_pattern"], config["r"]), _setting(n, config["alpha_pattern"], config["lora_alpha"])) != (r, alpha)]
+    if len(config["rank_pattern"] | config["alpha_pattern"]) > _MANY: wrong += layers
     if wrong: raise ValueError(f"{wrong[:5]}: no configuration can say which of the layers with such names were adapted, and how")
 
 # %% ../nbs/05_load_merge.ipynb #b29272b1
@@ -107,16 +110,19 @@ def adapter_config(
 ) -> dict: # the fields of `adapter_config.json`, all that PEFT 0.21 writes
     "How the adapters were made, in PEFT's terms. Raises `ValueError` without LoRA layers, or where a reader could not find them again."
     _ready(model)
-    layers = {n: (m.r, m.alpha) for n, m in lora_modules(model).items()}
+    own = lora_modules(model)
+    layers = {n: (m.r, m.alpha) for n, m in own.items()}
     if not layers: raise ValueError("this model has no LoRA layers: nothing to save. Was it merged? Save before merging")
     inner = [n for n, m in model.named_modules() if type(m).__name__ in _WRAPPED]
     if inner: raise ValueError(f"{inner[:5]} are wrapped one by one, which changes the layers' names; wrap the whole model, or unwrap them to save")
-    one, ways = next(iter(lora_modules(model).values())), {m.use_rslora for m in lora_modules(model).values()}
-    if len(ways) > 1: raise ValueError("some LoRA layers use rsLoRA and some do not; one adapter can say only one of the two")
+    one, ways = next(iter(own.values())), {(m.use_rslora, m.dropout.p) for m in own.values()}
+    if len(ways) > 1: raise ValueError("some LoRA layers use rsLoRA, or another dropout, and some do not; one adapter can say only one of the two")
+    odd = [n for n, m in own.items() if m.scaling != m.alpha / (m.r ** 0.5 if m.use_rslora else m.r)]
+    if odd: raise ValueError(f"the scaling of {odd[:5]} is not what alpha and r give, so it would be lost; multiply B instead")
     names = _linear_names(model)
     config = {**FIELDS, **_rank_and_alpha(layers), "use_rslora": one.use_rslora,
               "lora_dropout": one.dropout.p, "target_modules": _target_names(layers, names),
-              "fan_in_fan_out": any(is_conv1d(m.base) for m in lora_modules(model).values()), "task_type": _task(model),
+              "fan_in_fan_out": any(is_conv1d(m.base) for m in own.values()), "task_type": _task(model),
               "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None}
     _leads_back(config, layers, names)
     return config
@@ -189,7 +195,7 @@ def _is_number(value): return _is((int, float), value) and 0 < value < 1e30
 
 def _is_names(value): return isinstance(value, str) or isinstance(value, list) and all(isinstance(t, str) for t in value)
 
-def _is_pattern(value, ok): return isinstance(value, dict) and len(value) <= 1000 and all(map(ok, value.values()))
+def _is_pattern(value, ok): return isinstance(value, dict) and len(value) <= _MANY and all(map(ok, value.values()))
 
 def _checked_config(config, note):
     "The configuration with all fields, if it can be used and the note agrees. Raises `ValueError`."
@@ -241,14 +247,15 @@ def _one_error(path, what="adapter"):
 
 def _one_save(path, names, read): # `path` with `~` expanded
     "What `read()` makes of files that belong together: once more if another process saved meanwhile."
-    there = lambda: ([committed(path, n) for n in names], _seen(path, names)) if path.is_dir() else None
+    def stamp():
+        with suppress(OSError): return [committed(path, n) for n in names], _seen(path, names)
     while True:
-        seen = there()
+        before, error, result = stamp(), None, None
         try: result = read()
-        except (OSError, BadFileError):
-            if there() == seen: raise
-        else:
-            if there() == seen: return result
+        except (OSError, BadFileError) as e: error = e
+        if stamp() == before: break
+    if error: raise error
+    return result
 
 def _read_object(path):
     if (size := path.stat().st_size) > 10_000_000: raise ValueError(f"{path.name} has {size:,} bytes, too many for a configuration")

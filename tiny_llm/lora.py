@@ -69,7 +69,7 @@ class LoRALinear(nn.Module):
 
 # %% ../nbs/02_surgery.ipynb #65647314
 import functools, inspect, json, math, re, threading, time, warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 import regex
 from .gpt import GPT, digest
@@ -167,13 +167,15 @@ def match_targets(
 @functools.cache
 def _source(kind):
     "The code of a class and its parents, without what starts or ties weights; empty where Python cannot find it."
-    found = [f for c in kind.__mro__[:kind.__mro__.index(nn.Module)] for n, f in vars(c).items()
-             if inspect.isfunction(f) and not re.search("init|reset|tie", n)]
-    try: return "\n".join(map(inspect.getsource, found))
-    except (OSError, TypeError): return ""
+    code = []
+    for n, f in ((n, f) for c in kind.__mro__[:kind.__mro__.index(nn.Module)] for n, f in vars(c).items()):
+        with suppress(OSError, TypeError):
+            if inspect.isfunction(f) and not re.search("init|reset|tie", n): code.append(inspect.getsource(f))
+    return "\n".join(code)
 
 def _multiplies(module, path):
     "Does the code of a module use the weight of the layer at `path` under it? Looking at its type, shape or place is no use."
+    if "." not in path and isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)): return True
     path = re.escape(".".join(path.split(".")[-2:]))
     return re.search(rf"(?<!isinstance\(self)\.{path}\.weight\b(?!\.(dtype|device|shape|size|ndim)\b)", _source(type(module)))
 
