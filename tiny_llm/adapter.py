@@ -248,7 +248,7 @@ def _one_error(path, what="adapter"):
 def _one_save(path, names, read): # `path` with `~` expanded
     "What `read()` makes of files that belong together: once more if another process saved meanwhile."
     def stamp():
-        with suppress(OSError): return [committed(path, n) for n in names], _seen(path, names)
+        with suppress(OSError): return _seen(path, names), [committed(path, n) for n in names] # which files, then where
     while True:
         before, error, result = stamp(), None, None
         try: result = read()
