@@ -669,7 +669,7 @@ def test_a_thread_sees_whole_adapters(tmp_path, how):
     while not stop: seen.append(logits(model))
     thread.join()
     kinds = {next((k for k, v in said.items() if torch.equal(y, v)), "a mixture") for y in seen}
-    assert kinds == {"a", "b"}
+    assert seen and kinds <= {"a", "b"}
 
 def test_reading_leaves_every_layer_in_its_place(tmp_path, monkeypatch):
     model = trained(); save_adapter(model, tmp_path/"a"); before = picture(model)
