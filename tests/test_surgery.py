@@ -525,9 +525,6 @@ def test_removing_leaves_nothing_behind(copied):
         remove_lora(m)
         assert not [k for k in vars(m) if "lora" in k] and not m._forward_hooks and not m._forward_pre_hooks and torch.equal(answer(m, ids), before)
 
-def test_a_merged_or_bare_model_gets_no_second_adapter():
-    refused(LoRALinear(nn.Linear(4, 4), r=2), match="already", r=2)
-
 def test_a_rank_above_the_size_of_a_layer_is_told_once():
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 1), nn.Linear(1, 2)) # a gate with one output
     with pytest.warns(UserWarning, match=r"larger than 2 of the layers.*'1', '2'") as told: add_lora_to_model(model, r=4, targets="all-linear")

@@ -11,7 +11,6 @@ __all__ = ['PREFIX', 'CONFIG', 'WEIGHTS', 'FIELDS', 'NOTE', 'UNSUPPORTED', 'BASE
 import copy, json, re, time, warnings
 from collections import Counter
 from contextlib import contextmanager, suppress
-from pathlib import Path
 import torch, torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from .data import _sha256
