@@ -15,7 +15,7 @@ import torch, torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from .data import _sha256
 from .files import BadFileError, _home, _seen, atomic_folder, committed, read_json
-from .gpt import GPT, check_tensors, digest, load_checkpoint, write_tensors
+from .gpt import GPT, check_tensors, digest, fingerprint, load_checkpoint, write_tensors
 from .generate import BASE
 from .lora import (_ROUNDED, LoRALinear, _base_state, _cast, _changing, _forget, _has_suffix, _held, _inside, _install, _linear_names, _matches,
                            _no_match, _plain, _print, _prints, _ready, _refuse, _replace, _setting, _short, _still, _sums, _wrap, is_conv1d, linear_shape,
