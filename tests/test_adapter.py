@@ -1,5 +1,5 @@
 "Adapter files, loading and refusing, swapping, merging and un-merging."
-import copy, json, os, pickle, re
+import copy, json, multiprocessing, os, pickle, re, threading
 import pytest, torch, torch.nn as nn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -52,8 +52,10 @@ def test_round_trip(tmp_path, targets, r, alpha):
     assert adapter_config(again) == adapter_config(model) and lora_modules(again).keys() == lora_modules(model).keys()
     assert {n.rsplit(".", 1)[-1] for n, p in again.named_parameters() if p.requires_grad} == {"A", "B"}
 
-def test_the_largest_rank(tmp_path):
-    model = trained(r=SHAPE["d_model"], targets="attn.W_o")
+@pytest.mark.filterwarnings("ignore:the rank is larger")
+@pytest.mark.parametrize("r", [SHAPE["d_model"], 2 * SHAPE["d_model"]])
+def test_the_largest_rank_and_a_larger_one(tmp_path, r):
+    model = trained(r=r, targets="attn.W_o")
     save_adapter(model, tmp_path/"a")
     assert torch.equal(logits(load_adapter(small(), tmp_path/"a")), logits(model))
 
@@ -88,11 +90,13 @@ def test_files_have_pefts_names(tmp_path):
 
 def test_a_wrong_state_of_the_model_is_not_saved(tmp_path):
     good = trained(); save_adapter(good, tmp_path); files = [(tmp_path/f).read_bytes() for f in FILES]
-    mixed, broken = trained(), trained()
+    mixed, broken, dropping, scaled = trained(), trained(), trained(), trained()
     remove = list(lora_modules(mixed)); layer = lora_modules(mixed)[remove[0]]
-    layer.use_rslora = True
+    layer.use_rslora, lora_modules(dropping)[remove[1]].dropout.p = True, 0.5
+    lora_modules(scaled)[remove[2]].scaling *= 0.5
     with torch.no_grad(): lora_modules(broken)[remove[-1]].B[0, 0] = float("nan")
-    for model, why in ((small(), "no LoRA"), (merge_lora(trained()), "merged"), (mixed, "rsLoRA"), (broken, "NaN")):
+    for model, why in ((small(), "no LoRA"), (merge_lora(trained()), "merged"), (mixed, "rsLoRA"), (broken, "NaN"), (dropping, "dropout"),
+                       (scaled, "scaling of .*multiply B")):
         with pytest.raises(ValueError, match=why): save_adapter(model, tmp_path)
     assert [(tmp_path/f).read_bytes() for f in FILES] == files and sorted(os.listdir(tmp_path)) == list(FILES)
 
@@ -193,7 +197,7 @@ DAMAGE = { # what happened: (how, part of the message)
     "alpha of another save": (config_with(lora_alpha=32), "different saves.*lora_alpha"),
     "targets of another save": (config_with(target_modules=["attn.qkv"]), "different saves.*target_modules"),
     "rank is text": (foreign_config(r="8"), "r='8'"), "rank is a fraction": (foreign_config(r=8.5), "r='8.5'"),
-    "rank 0": (foreign_config(r=0), "rank 0"), "rank 4": (foreign_config(r=4), "shape"), "a rank of one layer": (foreign_config(rank_pattern={"qkv": 4}), "shape"), "rank too high": (foreign_config(r=10**12), "rank 10000"), "rank is true": (foreign_config(r=True), "r='True'"),
+    "rank 0": (foreign_config(r=0), "rank 0"), "rank 4": (foreign_config(r=4), "shape"), "a rank of one layer": (foreign_config(rank_pattern={"qkv": 4}), "shape"), "rank too high": (foreign_config(r=10**12), "expected .10*"), "rank is true": (foreign_config(r=True), "r='True'"),
     "alpha is text": (foreign_config(lora_alpha="x"), "lora_alpha"), "alpha is NaN": (foreign_config(lora_alpha=float("nan")), "lora_alpha"), "alpha 0": (foreign_config(lora_alpha=0), "lora_alpha"),
     "dropout 2": (foreign_config(lora_dropout=2), "lora_dropout"), "dropout is text": (foreign_config(lora_dropout="x"), "not a usable"),
     "no targets": (foreign_config(target_modules=None), "target_modules"), "targets are numbers": (foreign_config(target_modules=[1]), "target_modules"),
@@ -267,7 +271,6 @@ def test_loading_keeps_mode_and_follows_the_base(tmp_path):
     save_adapter(trained(), tmp_path)
     assert all(m.training for m in load_adapter(small().train(), tmp_path).modules())
     assert not any(m.training for m in load_adapter(small(), tmp_path).modules())
-    with pytest.raises(BadFileError, match="another base"): load_adapter(small().bfloat16(), tmp_path)
 
 def test_load_with_lora(tmp_path):
     model = trained(); save_adapter(model, tmp_path/"a"); save_checkpoint(small(), tmp_path/"base.safetensors")
@@ -293,8 +296,8 @@ def test_swap_there_and_back(tmp_path, how):
 
 def test_swap_with_a_known_fingerprint(tmp_path, monkeypatch):
     model = trained(); save_adapter(model, tmp_path); known = fingerprint(model)
-    def forbidden(model): raise AssertionError("computed the fingerprint")
-    monkeypatch.setattr("tiny_llm.adapter.fingerprint", forbidden)
+    def forbidden(*args): raise AssertionError("computed the fingerprint")
+    monkeypatch.setattr("tiny_llm.adapter._print", forbidden)
     swap_adapter(model, tmp_path, known)
     with pytest.raises(BadFileError, match="another base"): swap_adapter(model, tmp_path, "0" * 64)
 
@@ -434,12 +437,20 @@ def test_there_and_back_in_type_loses_nothing():
     unmerge_lora(merge_lora(model).bfloat16().float())
     assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
 
-def test_a_second_adapter_on_a_merged_model_is_not_lost():
-    model = add_lora_to_model(merge_lora(trained()))
-    for f in (unmerge_lora, merge_lora):
-        with pytest.raises(ValueError, match="merge"): f(model)
-    assert len(lora_modules(model)) == 4
-    assert len(lora_modules(unmerge_lora(remove_lora(model)))) == 4 # the first ones are back
+def test_a_second_adapter_on_a_merged_model_is_refused_before_it_is_trained(tmp_path):
+    model = merge_lora(trained()); before = picture(model)
+    with pytest.raises(ValueError, match="keep=False"): add_lora_to_model(model)
+    with pytest.raises(ValueError, match="keep=False"): add_lora_to_model(nn.ModuleDict(dict(a=model, b=small())), targets="qkv")
+    assert same(picture(model), before) and len(lora_modules(unmerge_lora(model))) == 4
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_final_merge_takes_a_second_adapter(tmp_path, at_once):
+    model = trained() if at_once else merge_lora(trained())
+    base = copy.deepcopy(merge_lora(model, keep=False)); expected = logits(model)
+    assert not [k for k in vars(model) if "lora" in k or "merge" in k] and not model._forward_hooks and not model._forward_pre_hooks
+    with pytest.raises(ValueError, match="for good"): unmerge_lora(model)
+    save_adapter(trained(model, r=2), tmp_path)
+    assert not torch.allclose(logits(model), expected) and torch.equal(logits(load_adapter(base, tmp_path)), logits(model))
 
 def test_a_merged_checkpoint_is_a_plain_one(tmp_path):
     from tiny_llm.gpt import load_checkpoint
@@ -493,3 +504,198 @@ def test_a_folder_in_place_of_the_note(tmp_path):
     save_adapter(trained(), tmp_path/"a")
     (tmp_path/"a"/NOTE).unlink(), (tmp_path/"a"/NOTE).mkdir()
     with pytest.raises(ValueError, match="is no plain file"): read_adapter(tmp_path/"a")
+
+# What is saved can be loaded
+
+class Odd(nn.Module):
+    "Layers whose names mean something in a regular expression, end alike, or look like parts of an adapter."
+    NAMES = "a+b", "a", "x(y", "[z]", "n\nl", "base", "lora_A", "é"
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.first = nn.Linear(8, 8), nn.ModuleDict({"up": nn.Linear(8, 8)})
+        self.odd = nn.ModuleDict({n: nn.Linear(8, 8) for n in self.NAMES})
+        self.A = nn.Parameter(torch.randn(8))
+    def forward(self, x):
+        for m in (self.up, *self.first.values(), *self.odd.values()): x = x + m(x).tanh()
+        return x * self.A
+
+@pytest.mark.parametrize("targets", ["a+b", "[z]", "x(y", "n\nl", "base", "lora_A", "é", re.compile(r"^up$"), re.compile("^odd"), "all-linear"], ids=repr)
+@pytest.mark.parametrize("uneven", [{}, dict(rank_pattern={r"odd\.a\+b|up": 3}), dict(alpha_pattern={r"odd\.a\+b|up": 3, r"odd\.x.*": 5})])
+def test_names_with_special_characters(tmp_path, targets, uneven):
+    names = lora_modules(add_lora_to_model(Odd(), r=2, targets=targets))
+    uneven = {k: {p: v for p, v in pattern.items() if any(re.fullmatch(p, n) for n in names)} for k, pattern in uneven.items()}
+    model, x = add_lora_to_model(Odd(), r=2, targets=targets, **uneven), torch.randn(3, 8)
+    with torch.no_grad(): [p.normal_(std=0.3) for p in lora_parameters(model)]
+    save_adapter(model, tmp_path)
+    again = load_adapter(Odd(), tmp_path)
+    assert {n: (m.r, m.scaling) for n, m in lora_modules(again).items()} == {n: (m.r, m.scaling) for n, m in lora_modules(model).items()}
+    assert torch.equal(again(x), model(x)) and not torch.allclose(model(x), Odd()(x), atol=1e-3)
+
+def test_a_base_is_all_its_parameters_whatever_their_names(tmp_path):
+    model = add_lora_to_model(Odd(), r=2, targets="up"); save_adapter(model, tmp_path)
+    for name in ("A", "odd.base.weight", "first.up.bias"):
+        other = Odd(); other.get_parameter(name).data.mul_(1.5)
+        with pytest.raises(BadFileError, match="another base"): load_adapter(other, tmp_path)
+
+WRAPPERS = {"compile": torch.compile, "parallel": nn.DataParallel, "both": lambda m: nn.DataParallel(torch.compile(m)), "sequential": nn.Sequential}
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapped_model_saves_loads_swaps_and_merges_as_the_model(tmp_path, wrap):
+    model, other = trained(), trained(r=2); save_adapter(other, tmp_path/"other")
+    save_adapter(wrap(model), tmp_path/"a")
+    assert torch.equal(logits(load_adapter(small(), tmp_path/"a")), logits(model))
+    plain = small(); load_adapter(wrap(plain), tmp_path/"a"); assert torch.equal(logits(plain), logits(model))
+    assert adapter_config(wrap(model)) == adapter_config(model) and adapter_tensors(wrap(model)).keys() == adapter_tensors(model).keys()
+    with disable_lora(wrap(model)): assert torch.equal(logits(model), logits(small()))
+    expected = logits(model); merge_lora(wrap(model)); assert not lora_modules(model)
+    unmerge_lora(wrap(model)); assert torch.equal(logits(model), expected)
+    swap_adapter(wrap(model), tmp_path/"other"); assert torch.equal(logits(model), logits(other))
+
+def test_a_part_that_is_wrapped_is_refused(tmp_path):
+    model = trained(); model.blocks[0] = nn.DataParallel(model.blocks[0])
+    with pytest.raises(ValueError, match=r"blocks\.0.* wrap"): save_adapter(model, tmp_path/"a")
+    assert not (tmp_path/"a").exists()
+
+def test_what_is_trained_besides_is_refused(tmp_path):
+    model = trained(); model.norm_f.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"norm_f\.weight.* A and B only"): save_adapter(model, tmp_path/"a")
+    model.norm_f.weight.requires_grad_(False); save_adapter(model, tmp_path/"b") # nothing has changed yet
+    model.norm_f.weight.data.mul_(1.5)
+    with pytest.raises(ValueError, match=r"changed since .*norm_f\.weight"): save_adapter(model, tmp_path/"a")
+    assert not (tmp_path/"a").exists()
+    state = merged_state_dict(model); assert torch.equal(state["norm_f.weight"], model.norm_f.weight)
+
+def test_buffers_that_move_are_noticed(tmp_path):
+    make = lambda: nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    torch.manual_seed(0); base = make(); model = add_lora_to_model(copy.deepcopy(base), r=2, targets="0")
+    model.eval()(torch.randn(4, 8)); save_adapter(model, tmp_path/"a"); load_adapter(copy.deepcopy(base), tmp_path/"a")
+    model.train()(torch.randn(4, 8))
+    with pytest.raises(ValueError, match=r"changed since .*1\.running_mean"): save_adapter(model, tmp_path/"b")
+
+@pytest.mark.parametrize("bare", [disable_lora, adapter_config, adapter_tensors, merge_lora, merged_state_dict, remove_lora, lambda l: save_adapter(l, "none"),
+                                  lambda l: load_adapter(l, "none"), lambda l: swap_adapter(l, "none")])
+def test_a_bare_layer(bare):
+    layer = LoRALinear(nn.Linear(8, 8), r=2); names = list(layer.state_dict())
+    with pytest.raises(ValueError, match="nothing holds it"): bare(layer).__enter__()
+    assert list(layer.state_dict()) == names and "" not in layer._modules and not os.path.exists("none")
+
+def test_a_message_names_the_remedy(tmp_path):
+    save_adapter(trained(), tmp_path)
+    state = load_file(tmp_path/WEIGHTS); save_file({k: v + 1 for k, v in state.items()}, tmp_path/WEIGHTS)
+    with pytest.raises(BadFileError, match="delete tiny_llm.json"): load_adapter(small(), tmp_path)
+    (tmp_path/NOTE).unlink(); load_adapter(small(), tmp_path)
+
+# The same base in another type
+
+CAST = {"float32": lambda m: m, "bfloat16": lambda m: m.bfloat16(), "float16": lambda m: m.half(), "there and back": lambda m: m.bfloat16().float()}
+
+@pytest.mark.parametrize("first, then", [*(("float32", b) for b in CAST), ("bfloat16", "float32"), ("bfloat16", "there and back"), ("float16", "float32")])
+def test_the_same_base_in_another_type(tmp_path, first, then):
+    model = add_lora_to_model(CAST[first](small()))
+    for layer in lora_modules(model).values(): nn.init.normal_(layer.B, std=0.1)
+    save_adapter(model, tmp_path)
+    again = load_adapter(CAST[then](small()), tmp_path)
+    assert_close(logits(again).float(), logits(model).float(), atol=0.1, rtol=0.1)
+    assert all(torch.equal(m.B.float(), lora_modules(model)[n].B.to(m.B.dtype).float()) for n, m in lora_modules(again).items())
+    other = CAST[then](small()); other.norm_f.weight.data.mul_(1.5)
+    with pytest.raises(BadFileError, match="another base"): load_adapter(other, tmp_path)
+
+def test_cast_after_the_adapters_were_added(tmp_path):
+    model = trained().bfloat16(); save_adapter(model, tmp_path/"a")
+    for cast in (lambda m: m, lambda m: m.bfloat16()): assert len(lora_modules(load_adapter(cast(small()), tmp_path/"a"))) == 4
+    model.norm_f.weight.data.mul_(1.5)
+    with pytest.raises(ValueError, match="changed since"): save_adapter(model, tmp_path/"b")
+
+def test_a_number_too_large_for_the_type_of_the_base(tmp_path):
+    model = trained()
+    with torch.no_grad(): lora_modules(model)["blocks.0.attn.qkv"].B[0, 0] = 1e6
+    save_adapter(model, tmp_path)
+    base = small().half(); before = picture(base)
+    with pytest.raises(BadFileError, match="float16"): load_adapter(base, tmp_path)
+    assert same(picture(base), before)
+
+def test_mixed_precision_merges_and_comes_back(tmp_path):
+    model = trained(small().bfloat16())
+    for p in lora_parameters(model): p.data = p.data.float()
+    expected, kept = logits(model), [p.clone() for p in lora_parameters(model)]
+    assert {p.dtype for p in merge_lora(model).parameters()} == {torch.bfloat16}
+    assert_close(logits(model), expected, **TOLERANCE[torch.bfloat16])
+    assert torch.equal(logits(unmerge_lora(model)), expected) and all(p.dtype == torch.float32 and torch.equal(p, k) for p, k in zip(lora_parameters(model), kept))
+
+# Merging tells the truth
+
+def test_merging_a_layer_that_goes_its_own_way(tmp_path):
+    def closure(m): f = m.forward; m.forward = lambda x: f(x)
+    def hook(m): m.register_forward_hook(lambda m, x, y: y * 2)
+    for change, late in ((closure, False), (hook, False), (closure, True), (hook, True), (lambda m: m.register_forward_pre_hook(lambda m, x: None), True)):
+        model = small()
+        if not late: change(model.blocks[0].attn.qkv)
+        trained(model)
+        if late: change(model.blocks[0].attn.qkv)
+        before, x = picture(model), logits(model)
+        with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv has a hook, or a forward of its own"): merge_lora(model)
+        assert same(picture(model), before) and torch.equal(logits(model), x)
+
+@pytest.mark.parametrize("change", [lambda m: m.load_state_dict({k: v + 0.5 for k, v in m.state_dict().items()}), lambda m: m.blocks[0].attn.qkv.weight.data[0].add_(1),
+    lambda m: m.bfloat16().blocks[1].attn.W_o.weight.data.mul_(2), lambda m: m.load_state_dict(small(3).state_dict(), assign=True)], ids=["load", "data", "cast", "assign"])
+def test_a_change_after_the_merge_is_not_lost(change):
+    model = merge_lora(trained()); change(model); before = picture(model)
+    with pytest.raises(ValueError, match="keep=False"): unmerge_lora(model)
+    assert same(picture(model), before)
+    assert same(picture(merge_lora(model, keep=False)), before) and "_before_merge" not in vars(model)
+
+# Threads and processes
+
+def both(tmp_path, **how):
+    "Two models, their folders, and what they and the base say."
+    a, b = trained(), trained(small(), **how)
+    with torch.no_grad(): [m.B.add_(0.1) for m in lora_modules(b).values()]
+    for m, name in ((a, "a"), (b, "b")): save_adapter(m, tmp_path/name)
+    return a, {"a": logits(a), "b": logits(b), "base": logits(small())}
+
+@pytest.mark.parametrize("how", [{}, dict(r=4), dict(targets="all-linear")], ids=["same kind", "other rank", "other layers"])
+def test_a_thread_sees_whole_adapters(tmp_path, how):
+    model, said = both(tmp_path, **how); stop, seen, layers = [], [], dict(model.named_modules())
+    def changes():
+        try:
+            for i in range(30):
+                swap_adapter(model, tmp_path/"ba"[i % 2]); save_adapter(model, tmp_path/"c"); adapter_config(model); fingerprint(model)
+                load_adapter(model, tmp_path/"ba"[i % 2])
+                if not how: load_adapter(model, tmp_path/"ab"[i % 2])
+                assert torch.equal(logits(load_adapter(small(), tmp_path/"c")), said["ba"[i % 2]])
+        finally: stop.append(1)
+    thread = threading.Thread(target=changes); thread.start()
+    while not stop: seen.append(logits(model))
+    thread.join()
+    kinds = {next((k for k, v in said.items() if torch.equal(y, v)), "a mixture") for y in seen}
+    assert seen and kinds <= {"a", "b"}
+
+def test_reading_leaves_every_layer_in_its_place(tmp_path, monkeypatch):
+    model = trained(); save_adapter(model, tmp_path/"a"); before = picture(model)
+    def forbidden(*args): raise AssertionError("a layer was replaced")
+    monkeypatch.setattr("tiny_llm.lora._replace", forbidden); monkeypatch.setattr("tiny_llm.adapter._replace", forbidden)
+    adapter_config(model), adapter_tensors(model), save_adapter(model, tmp_path/"b"), merged_state_dict(model), fingerprint(model)
+    assert same(picture(model), before)
+
+def test_switched_off_nothing_else_is_changed(tmp_path):
+    model = trained(); save_adapter(model, tmp_path); expected = logits(model)
+    with disable_lora(model):
+        for f in (add_lora_to_model, adapter_config, merge_lora, lambda m: load_adapter(m, tmp_path), lambda m: swap_adapter(m, tmp_path)):
+            with pytest.raises(ValueError, match="switched off"): f(model)
+        assert remove_lora(model) is model
+    assert torch.equal(logits(model), expected)
+
+def saves(folder, seed, n):
+    model = trained()
+    with torch.no_grad(): [m.B.fill_(seed) for m in lora_modules(model).values()]
+    for _ in range(n): save_adapter(model, folder)
+
+def test_two_processes_save_into_one_folder(tmp_path):
+    saves(tmp_path, 1.0, 1)
+    others = [multiprocessing.get_context("fork").Process(target=saves, args=(tmp_path, float(s), 15)) for s in (1, 2)]
+    for p in others: p.start()
+    while any(p.is_alive() for p in others):
+        _, tensors, _ = read_adapter(tmp_path)
+        assert len({t[0, 0].item() for k, t in tensors.items() if k.endswith(".B")}) == 1
+    assert [p.exitcode for p in others] == [0, 0] and sorted(os.listdir(tmp_path)) == list(FILES)

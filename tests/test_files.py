@@ -1,8 +1,8 @@
 "Files that are never half written, folders that have one owner, logs of runs."
-import multiprocessing, os, re, time
+import argparse, io, multiprocessing, os, re, sys, time, warnings
 import pytest
 from tiny_llm import files
-from tiny_llm.files import BadFileError, atomic_folder, atomic_path, log_runs, owned, probe, read_jsonl, read_whole
+from tiny_llm.files import BadFileError, atomic_folder, atomic_path, committed, log_runs, owned, probe, read_jsonl
 
 ctx = multiprocessing.get_context("forkserver")
 
@@ -37,14 +37,21 @@ def save_often(folder, name, q):
         except OSError: bad += 1
     q.put((n, bad))
 
+def look(folder):
+    "The texts of the two files, if no save came between."
+    before = files._seen(folder, "ab")
+    try: found = {committed(folder, n).read_text() for n in "ab"}
+    except FileNotFoundError: return set()
+    return found if files._seen(folder, "ab") == before else set()
+
 def test_two_processes_save_into_one_folder(tmp_path):
     "Field case 7, and a reader beside them: each save happens, each look sees one save."
     q, looks = ctx.Queue(), []
     children = [ctx.Process(target=save_often, args=(tmp_path/"f", n, q)) for n in (1, 2)]
     for c in children: c.start()
-    while any(c.is_alive() for c in children) and q.qsize() < 2: looks.append(read_whole(tmp_path/"f", ["a", "b"]))
+    while any(c.is_alive() for c in children) and q.qsize() < 2: looks.append(look(tmp_path/"f"))
     ended = [q.get() for _ in children]; [c.join() for c in children]
-    assert all(n > 3 and not bad for n, bad in ended) and all(len(set(d.values())) <= 1 and len(d) in (0, 2) for d in looks)
+    assert all(n > 3 and not bad for n, bad in ended) and max(map(len, looks)) == 1
     assert sorted(os.listdir(tmp_path/"f")) == ["a", "b"]
 
 def own_for_ever(folder, q):
@@ -64,14 +71,24 @@ def test_a_folder_has_one_owner(tmp_path):
 
 def test_a_folder_that_was_made_for_nothing_is_gone(tmp_path):
     with pytest.raises(ValueError):
-        with owned(tmp_path/"a"): raise ValueError
+        with owned(tmp_path/"a"/"b"): raise ValueError
     assert os.listdir(tmp_path) == []
+    (tmp_path/"a").touch()
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        with owned(tmp_path/"a"): pass
 
 @pytest.mark.parametrize("text", ["", "no JSON", "[1]", '{"process": "*/../..", "mark": "*"}'])
 def test_a_strange_lock_file_is_taken_over(tmp_path, text):
     (tmp_path/".lock").write_text(text); (tmp_path/".a.tmp").touch()
     with owned(tmp_path): pass
     assert os.listdir(tmp_path) == [".a.tmp"]
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    def flock(*a): raise OSError(38, "Function not implemented")
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match="without locks"):
+        with atomic_folder(tmp_path) as tmp: (tmp/"a").touch()
+    assert os.listdir(tmp_path) == ["a"]
 
 # What the system is used to
 
@@ -117,3 +134,20 @@ def test_a_log_is_only_added_to(tmp_path):
 
 def test_a_log_that_cannot_be_written_is_found_before_the_first_run(tmp_path):
     with pytest.raises(IsADirectoryError): log_runs(tmp_path, [dict(n=1)], lambda n: 1 / 0)
+    (tmp_path/"log").write_text("[1]\n")
+    with pytest.raises(BadFileError, match="no log"): log_runs(tmp_path/"log", [dict(n=1)], lambda n: 1 / 0)
+
+# Commands
+
+def test_any_console_shows_what_it_can(monkeypatch):
+    "Field case 43."
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    with files._command(argparse.ArgumentParser(prog="x")): print("狐 fox"); warnings.warn("鶏")
+    for s, said in ((sys.stdout, b"? fox\n"), (sys.stderr, b"note: ?\n")): s.flush(); assert s.buffer.getvalue() == said
+
+@pytest.mark.parametrize("error, code, says", [(ValueError("no\nno"), 2, "x: error: no\nno\n"), (OSError("disk"), 2, "x: error: disk\n"), (KeyboardInterrupt(), 130, "\nx: stopped; all is saved\n")])
+def test_commands_end_alike(capsys, error, code, says):
+    with pytest.raises(SystemExit) as e:
+        with files._command(argparse.ArgumentParser(prog="x"), lambda: "all is saved"): raise error
+    assert e.value.code == code and capsys.readouterr().err == says

@@ -185,7 +185,7 @@ def test_adapters_of_peft(tmp_path, tok, config, ranks):
     assert_close(logits(merge_lora(model)), expected, **TIGHT)
 
 @pytest.mark.parametrize("config, why", [
-    (dict(target_modules=["embed_tokens"]), "embed_tokens"), (dict(target_modules=["q_proj"], use_dora=True), "use_dora"), (dict(target_modules=["q_proj", "v_proj"], r=20), "r=40"),
+    (dict(target_modules=["embed_tokens"]), "embed_tokens"), (dict(target_modules=["q_proj"], use_dora=True), "use_dora"),
     (dict(target_modules=["q_proj"], bias="all"), "bias"), (dict(target_modules=["q_proj"], modules_to_save=["lm_head"]), "modules_to_save"),
     (dict(target_modules=["lm_head"]), "tok_emb"), (dict(target_modules=["q_proj"], trainable_token_indices=[1, 2]), "trainable_token_indices")])
 def test_what_cannot_be_represented(tmp_path, tok, config, why):
@@ -193,6 +193,41 @@ def test_what_cannot_be_represented(tmp_path, tok, config, why):
     model = small().train(); before = picture(model)
     with pytest.raises(BadFileError, match=why): import_adapter(model, folder)
     assert same(picture(model), before)
+
+def test_ranks_that_add_up_to_more_than_the_layer_has(tmp_path, tok):
+    expected, folder = pefts(tmp_path, tok, target_modules=["q_proj", "v_proj"], r=20)
+    with pytest.warns(UserWarning, match="larger than 2 of the layers"): model = import_adapter(small(), folder)
+    assert {m.r for m in lora_modules(model).values()} == {40}
+    assert_close(logits(model), expected, **TIGHT)
+
+def test_a_tokenizer_of_another_model_is_not_exported(tmp_path, tok):
+    with pytest.raises(ValueError, match="do not belong together"): export_base(small(vocab_size=200), tok, tmp_path/"a")
+    assert not (tmp_path/"a").exists()
+
+def test_a_wrapped_model_is_exported_as_the_model(tmp_path, tok):
+    model = with_lora(small())
+    for wrap, where in ((lambda m: m, "plain"), (torch.compile, "wrapped")):
+        export_base(wrap(model), tok, tmp_path/where); export_adapter(wrap(model), tmp_path/where/"adapter")
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/tiny_llm.json"):
+        assert (tmp_path/"plain"/name).read_bytes() == (tmp_path/"wrapped"/name).read_bytes()
+    model.norm_f.weight.data.mul_(2)
+    with pytest.raises(ValueError, match="changed since"): export_adapter(model, tmp_path/"new")
+
+@pytest.mark.parametrize("kind", ["T5", "Whisper"])
+def test_an_adapter_of_an_encoder_decoder_opens_in_peft(tmp_path, kind):
+    how = dict(T5=dict(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2),
+               Whisper=dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24,
+                            decoder_ffn_dim=24, max_source_positions=8, num_mel_bins=4, pad_token_id=0, bos_token_id=1, eos_token_id=2))[kind]
+    def make():
+        torch.manual_seed(0)
+        return getattr(transformers, kind + "ForConditionalGeneration")(getattr(transformers, kind + "Config")(vocab_size=60, decoder_start_token_id=0, **how)).eval()
+    ids = torch.arange(9)[None]; x = dict(decoder_input_ids=ids, **({"input_ids": ids} if kind == "T5" else {"input_features": torch.randn(1, 4, 16)}))
+    model = with_lora(make(), targets=["q", "v"] if kind == "T5" else ["q_proj", "v_proj"])
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path/"adapter_config.json").read_text())["task_type"] is None
+    with torch.no_grad():
+        theirs = peft.PeftModel.from_pretrained(make(), tmp_path).eval()(**x).logits
+        assert_close(theirs, model(**x).logits, **TIGHT); assert (theirs - make()(**x).logits).abs().max() > 1e-4
 
 def test_an_untied_head_is_adapted(tmp_path, tok):
     expected, folder = pefts(tmp_path, tok, small(tie_weights=False), target_modules=["lm_head"])

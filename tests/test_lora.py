@@ -22,7 +22,7 @@ def naive(layer, x):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape, r", [((20, 12), 1), ((20, 12), 3), ((12, 20), 12), ((16, 16), 16)])
+@pytest.mark.parametrize("shape, r", [((20, 12), 1), ((20, 12), 3), ((12, 20), 12), ((16, 16), 16), ((1, 12), 3), ((4, 3), 9)])
 def test_layer_is_the_naive_product(dtype, bias, shape, r):
     layer, x = random_layer(dtype, bias, r, shape=shape), torch.randn(2, 3, shape[1]).to(dtype)
     delta, h = naive(layer, x)
@@ -108,7 +108,7 @@ def test_device_of_the_base():
     assert layer.A.is_meta and layer.B.is_meta and layer(torch.empty(2, 4096, device="meta")).shape == (2, 4096)
 
 @pytest.mark.parametrize("how, says", [
-    (dict(r=0), "1…12"), (dict(r=-1), "1…12"), (dict(r=13), "1…12"), (dict(r=2.5), "whole"), (dict(r=8.0), "whole"), (dict(r=True), "whole"),
+    (dict(r=0), "less than 1"), (dict(r=-1), "less than 1"), (dict(r=2.5), "whole"), (dict(r=8.0), "whole"), (dict(r=True), "whole"),
     (dict(r="8"), "whole"), (dict(r=None), "whole"), (dict(alpha=0), "alpha"), (dict(alpha=-16), "alpha"), (dict(alpha=float("nan")), "alpha"),
     (dict(alpha=float("inf")), "alpha"), (dict(dropout=-0.1), "dropout"), (dict(dropout=1.0), "dropout"), (dict(dropout=1.5), "dropout"),
     (dict(dropout=float("nan")), "dropout")])
@@ -150,3 +150,21 @@ def test_dropout_only_while_training_and_only_on_the_detour():
     assert torch.equal(layer.train()(x), layer.base(x))
 
 # --- surgery and adapters ---
+
+# --- what others see of the layer ---
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_it_answers_as_the_layer_that_it_wraps(bias):
+    layer = random_layer(bias=bias)
+    assert layer.weight is layer.base.weight and layer.bias is layer.base.bias and (layer.in_features, layer.out_features) == (12, 20)
+    assert list(layer.state_dict()) == ["A", "B", "base.weight", *["base.bias"] * bias]
+    with pytest.raises(KeyError): layer.weight = nn.Parameter(torch.zeros(20, 12))
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_float32_adapters_on_a_16_bit_base(low):
+    layer, x = random_layer(low), torch.randn(4, 12).to(low)
+    layer.A.data, layer.B.data = layer.A.data.float(), layer.B.data.float()
+    assert layer(x).dtype == low and layer.delta_weight().dtype == torch.float32
+    assert_close(layer(x).double(), naive(layer, x)[1], **TOLERANCE[low])
+    layer(x).float().sum().backward()
+    assert layer.A.grad.dtype == layer.B.grad.dtype == torch.float32 and layer.A.grad.count_nonzero()

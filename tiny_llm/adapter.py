@@ -10,62 +10,82 @@ __all__ = ['PREFIX', 'CONFIG', 'WEIGHTS', 'FIELDS', 'NOTE', 'UNSUPPORTED', 'BASE
 # %% ../nbs/05_load_merge.ipynb #9fbe2546
 import copy, json, re, time, warnings
 from collections import Counter
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 import torch, torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from .data import _sha256
-from .files import BadFileError, atomic_folder, committed, read_json
-from .gpt import GPT, check_tensors, fingerprint, load_checkpoint, write_tensors
+from .files import BadFileError, _home, _seen, atomic_folder, committed, read_json
+from .gpt import GPT, check_tensors, digest, fingerprint, load_checkpoint, write_tensors
 from .generate import BASE
-from .lora import (LoRALinear, _has_suffix, _install, _linear_names, _matches, _no_match, _refuse, _replace, _setting, _short, _wrap, is_conv1d,
-                           linear_shape, lora_modules, match_targets, remove_lora)
+from .lora import (_ROUNDED, LoRALinear, _base_state, _cast, _changing, _forget, _has_suffix, _held, _inside, _install, _linear_names, _matches,
+                           _no_match, _plain, _print, _prints, _ready, _refuse, _replace, _setting, _short, _still, _sums, _wrap, is_conv1d, linear_shape,
+                           lora_modules, lora_parameters, match_targets)
 from .train import default_device
 
 # %% ../nbs/05_load_merge.ipynb #d375f43b
-def _refuse_merged(model):
-    if getattr(model, "_before_merge", None):
-        raise ValueError("this model is merged: its adapter is part of the weights. Call unmerge_lora first")
-
+@_inside
 @contextmanager
 def disable_lora(
     model: nn.Module, # any model
-): # inside the block the model is its base
-    "Run the base without its adapters for a while. Raises `ValueError` on a merged model."
-    _refuse_merged(model)
+): # inside the block the model is its base, for all threads
+    "Run the base without its adapters for a while. Raises `ValueError` on a merged model, or a bare LoRALinear."
     layers = lora_modules(model)
-    for n, layer in layers.items(): _replace(model, n, layer.base)
+    if "_lora_off" in vars(model): yield model; return # by a block around this one
+    _ready(model)
+    def put(layers):
+        with _changing(model):
+            for n, layer in layers.items(): _replace(model, n, layer)
+    put({n: layer.base for n, layer in layers.items()})
+    model._lora_off = True
     try: yield model
     finally:
-        for n, layer in layers.items(): _replace(model, n, layer)
+        del model._lora_off
+        put(layers)
 
 # %% ../nbs/05_load_merge.ipynb #f6ed88a6
 PREFIX, CONFIG, WEIGHTS = "base_model.model.", "adapter_config.json", "adapter_model.safetensors"
 
+@_inside
 def adapter_tensors(
     model: nn.Module, # a model with LoRA layers
 ) -> dict: # PEFT's name -> tensor
-    "All A (r, in) and B (out, r) under PEFT's names."
+    "All A (r, in) and B (out, r) under PEFT's names. Raises `ValueError` for a bare LoRALinear."
+    _held(model)
     return {f"{PREFIX}{n}.lora_{ab}.weight": getattr(m, ab).detach().cpu().contiguous()
             for n, m in lora_modules(model).items() for ab in "AB"}
 
 # %% ../nbs/05_load_merge.ipynb #107be91c
+_MANY = 1000 # patterns
+
+def _fits(rule, name):
+    "PEFT's rule: a regular expression for the whole name, or a list of suffixes."
+    return _matches(rule, name) if isinstance(rule, str) else any(_has_suffix(name, t) for t in rule)
+
 def _target_names(layers, names):
-    "The shortest targets that lead back to exactly `layers` among all linear layers `names`; sorted."
-    for short in (lambda n: n.rpartition(".")[2], _short):
+    "The shortest targets that lead back to exactly `layers` among all linear layers `names`; sorted. Else one regular expression."
+    for short in (lambda n: n.rpartition(".")[2], _short, str):
         targets = sorted({short(n) for n in layers})
-        if {n for n in names if any(_has_suffix(n, t) for t in targets)} == set(layers): return targets
-    return sorted(layers)
+        if {n for n in names if _fits(targets, n)} == set(layers): return targets
+    return "|".join(map(re.escape, targets))
 
 def _rank_and_alpha(layers):
     "The fields that say the rank and alpha of each layer, {name: (r, alpha)}."
     (r, _), = Counter(r for r, _ in layers.values()).most_common(1)
     (alpha, _), = Counter(a for _, a in layers.values()).most_common(1)
     def key(n, i): # the path inside a block, if all layers that it fits agree
-        agree = all(v[i] == layers[n][i] for m, v in layers.items() if _setting(m, {_short(n): True}, False))
-        return _short(n) if agree else "^" + re.escape(n)
+        plain = re.fullmatch(r"[\w.]+", short := _short(n)) # a key is a regular expression
+        agree = plain and all(v[i] == layers[n][i] for m, v in layers.items() if _setting(m, {short: True}, False))
+        return short if agree else "^" + re.escape(n)
     own = lambda i, usual: {key(n, i): v[i] for n, v in layers.items() if v[i] != usual}
     return dict(r=r, lora_alpha=alpha, rank_pattern=own(0, r), alpha_pattern=own(1, alpha))
+
+def _leads_back(config, layers, names):
+    "Raise `ValueError` unless a reader of the configuration finds exactly these layers, {name: (r, alpha)}, among all linear layers."
+    wrong = [n for n in names if bool(_fits(config["target_modules"], n)) != (n in layers)]
+    wrong += [n for n, (r, alpha) in layers.items()
+              if (_setting(n, config["rank_pattern"], config["r"]), _setting(n, config["alpha_pattern"], config["lora_alpha"])) != (r, alpha)]
+    if len(config["rank_pattern"] | config["alpha_pattern"]) > _MANY: wrong += layers
+    if wrong: raise ValueError(f"{wrong[:5]}: no configuration can say which of the layers with such names were adapted, and how")
 
 # %% ../nbs/05_load_merge.ipynb #b29272b1
 _OFF = """alora_invocation_tokens arrow_config auto_mapping base_model_name_or_path corda_config eva_config exclude_modules
@@ -77,43 +97,77 @@ FIELDS = {**dict.fromkeys(_OFF), **dict.fromkeys(_FALSE, False), "alpha_pattern"
           "peft_version": "0.21.2", "qalora_group_size": 16, "rank_pattern": {}}
 
 # %% ../nbs/05_load_merge.ipynb #5780cb3b
+_WRAPPED = {"OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "CheckpointWrapper"}
+
+def _task(model):
+    one = hasattr(model, "prepare_inputs_for_generation") and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return "CAUSAL_LM" if one else None # PEFT's task for encoder-decoders does not fit all of them; without one it takes any
+
+@_inside
 def adapter_config(
     model: nn.Module, # a model with LoRA layers
 ) -> dict: # the fields of `adapter_config.json`, all that PEFT 0.21 writes
-    "How the adapters were made, in PEFT's terms. Raises `ValueError` without LoRA layers."
-    _refuse_merged(model)
-    layers = lora_modules(model)
+    "How the adapters were made, in PEFT's terms. Raises `ValueError` without LoRA layers, or where a reader could not find them again."
+    _ready(model)
+    own = lora_modules(model)
+    layers = {n: (m.r, m.alpha) for n, m in own.items()}
     if not layers: raise ValueError("this model has no LoRA layers: nothing to save. Was it merged? Save before merging")
-    one, ways = next(iter(layers.values())), {m.use_rslora for m in layers.values()}
-    if len(ways) > 1: raise ValueError("some LoRA layers use rsLoRA and some do not; one adapter can say only one of the two")
-    with disable_lora(model): names = _linear_names(model)
-    return {**FIELDS, **_rank_and_alpha({n: (m.r, m.alpha) for n, m in layers.items()}), "use_rslora": one.use_rslora,
-            "lora_dropout": one.dropout.p, "target_modules": _target_names(layers, names),
-            "fan_in_fan_out": any(is_conv1d(m.base) for m in layers.values()),
-            "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
-            "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None}
+    inner = [n for n, m in model.named_modules() if type(m).__name__ in _WRAPPED]
+    if inner: raise ValueError(f"{inner[:5]} are wrapped one by one, which changes the layers' names; wrap the whole model, or unwrap them to save")
+    one, ways = next(iter(own.values())), {(m.use_rslora, m.dropout.p) for m in own.values()}
+    if len(ways) > 1: raise ValueError("some LoRA layers use rsLoRA, or another dropout, and some do not; one adapter can say only one of the two")
+    odd = [n for n, m in own.items() if m.scaling != m.alpha / (m.r ** 0.5 if m.use_rslora else m.r)]
+    if odd: raise ValueError(f"the scaling of {odd[:5]} is not what alpha and r give, so it would be lost; multiply B instead")
+    names = _linear_names(model)
+    config = {**FIELDS, **_rank_and_alpha(layers), "use_rslora": one.use_rslora,
+              "lora_dropout": one.dropout.p, "target_modules": _target_names(layers, names),
+              "fan_in_fan_out": any(is_conv1d(m.base) for m in own.values()), "task_type": _task(model),
+              "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None}
+    _leads_back(config, layers, names)
+    return config
 
 # %% ../nbs/05_load_merge.ipynb #9051e613
 NOTE = "tiny_llm.json" # ours; PEFT does not look at it
 _AGREE = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "exclude_modules", "layers_to_transform",
          "layers_pattern") # the fields that decide the numbers, in the note and in the configuration
 
-def _write_adapter(path, config, tensors, base_print):
+def _base_prints(model):
+    "Fingerprints of the base from when the adapters were added. Raises `ValueError` where it has changed, or more than A and B is trained."
+    own, state, whole = set(map(id, lora_parameters(model))), _base_state(model), "merged_state_dict(model) has everything"
+    free = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+    if free: raise ValueError(f"{free[:5]} would be trained too, and an adapter holds A and B only: freeze them before training. {whole}")
+    prints, sums = getattr(model, "_lora_base", ({}, {}))
+    if not prints: return _prints(state, model)
+    if _is_base(state, model, prints): return prints
+    moved = [k for k, v in _sums(state).items() if sums.get(k) != v] or "weights"
+    raise ValueError(f"the base has changed since its adapters were added ({moved[:5]}), and an adapter does not hold that. {whole}")
+
+def _is_base(state, model, prints):
+    "Is it the base with these fingerprints, as it was or cast to another type?"
+    if _print(state, model) in prints.values(): return True # or it in 16 bits
+    mine = _prints(state, model)
+    if prints[""] in mine.values(): return True # that was in 16 bits
+    exact = lambda dtype: all(torch.equal(v, _cast({k: v}, dtype)[k].to(v.dtype)) for k, v in state.items())
+    return any(mine[t] == prints.get(t) and exact(dtype) for t, dtype in _ROUNDED.items()) # there and back
+
+def _write_adapter(path, config, tensors, prints):
     "Write the three files of an adapter, all or none. Raises `ValueError` if a number is not finite, `OSError` if the disk is full."
     if not all(t.isfinite().all() for t in tensors.values()): raise ValueError("A or B holds NaN or infinity: not saved")
     with atomic_folder(path) as tmp:
         write_tensors(tmp/WEIGHTS, tensors, format="pt")
-        note = dict(base_fingerprint=base_print, weights_sha256=_sha256(tmp/WEIGHTS), config={k: config[k] for k in _AGREE})
+        note = dict(base_fingerprint=prints[""], base_rounded={t: p for t, p in prints.items() if t}, weights_sha256=_sha256(tmp/WEIGHTS), config={k: config[k] for k in _AGREE})
         for name, value in ((CONFIG, config), (NOTE, note)):
             (tmp/name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 # %% ../nbs/05_load_merge.ipynb #024f2c80
+@_inside
 def save_adapter(
     model: nn.Module, # a model with LoRA layers
     path, # the adapter's folder; it is made if needed
 ):
-    "Write the adapters of `model` as PEFT does. Raises `ValueError` if there are none (e.g. merged), or not finite; `OSError`."
-    _write_adapter(path, adapter_config(model), adapter_tensors(model), fingerprint(model))
+    "Write the adapters of `model` as PEFT does. Raises `ValueError` if there are none (e.g. merged), they are not finite, or more has changed; `OSError`."
+    with _still(model): config, tensors = adapter_config(model), {k: v.clone() for k, v in adapter_tensors(model).items()}
+    _write_adapter(path, config, tensors, _base_prints(model))
 
 # %% ../nbs/05_load_merge.ipynb #6831e967
 UNSUPPORTED = """alora_invocation_tokens arrow_config bias ensure_weight_tying kasa_config layer_replication lora_bias megatron_config
@@ -132,13 +186,15 @@ def _refuse_options(config):
     if unknown: warnings.warn(f"{CONFIG} has fields that are not known here, from a newer PEFT perhaps; ignored: {unknown[:5]}", stacklevel=2)
 
 # %% ../nbs/05_load_merge.ipynb #61522325
+_OTHERS = f"; if another program such as PEFT wrote the folder anew, delete {NOTE}"
+
 def _is(kinds, value): return isinstance(value, kinds) and not isinstance(value, bool)
 
 def _is_number(value): return _is((int, float), value) and 0 < value < 1e30
 
 def _is_names(value): return isinstance(value, str) or isinstance(value, list) and all(isinstance(t, str) for t in value)
 
-def _is_pattern(value, ok): return isinstance(value, dict) and len(value) <= 1000 and all(map(ok, value.values()))
+def _is_pattern(value, ok): return isinstance(value, dict) and len(value) <= _MANY and all(map(ok, value.values()))
 
 def _checked_config(config, note):
     "The configuration with all fields, if it can be used and the note agrees. Raises `ValueError`."
@@ -154,11 +210,11 @@ def _checked_config(config, note):
     wrong = [f"{k}={str(c[k])[:60]!r}" for k, ok in right.items() if not ok]
     if wrong: raise ValueError(f"{CONFIG}: {', '.join(wrong)} cannot be used")
     differ = [k for k, v in note.get("config", {}).items() if c.get(k) != v]
-    if differ: raise ValueError(f"{CONFIG} and {NOTE} come from different saves: they disagree on {differ[:5]}")
+    if differ: raise ValueError(f"{CONFIG} and {NOTE} come from different saves: they disagree on {differ[:5]}{_OTHERS}")
     return c
 
 # %% ../nbs/05_load_merge.ipynb #38f65bec
-_NAME = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
+_NAME = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", re.DOTALL)
 
 def _checked_shapes(weights):
     "name in the model + `.A` or `.B` -> tensor without numbers. Raises `ValueError`."
@@ -173,7 +229,7 @@ def _checked_shapes(weights):
 def _read_tensors(weights, note):
     "The tensors under the layers' own names. Raises `ValueError` if they are not those that were saved, or not finite."
     if "weights_sha256" in note and _sha256(weights) != note["weights_sha256"]:
-        raise ValueError(f"{WEIGHTS} is not what was saved: its SHA-256 differs from the one in {NOTE}")
+        raise ValueError(f"{WEIGHTS} is not what was saved: its SHA-256 differs from the one in {NOTE}{_OTHERS}")
     with safe_open(weights, "pt") as f: tensors = {_NAME.sub(r"\1.\2", k): f.get_tensor(k) for k in f.keys()}
     bad = [k for k, v in tensors.items() if not v.float().isfinite().all()]
     if bad: raise ValueError(f"not finite numbers: {bad[:5]}")
@@ -188,19 +244,34 @@ def _one_error(path, what="adapter"):
     except (SafetensorError, ValueError, TypeError, KeyError, OSError, RecursionError, OverflowError, RuntimeError) as e:
         raise BadFileError(f"{path} is not a usable {what}: {(str(e) or type(e).__name__).splitlines()[0]}") from e
 
+def _one_save(path, names, read): # `path` with `~` expanded
+    "What `read()` makes of files that belong together: once more if another process saved meanwhile."
+    def stamp():
+        with suppress(OSError): return _seen(path, names), [committed(path, n) for n in names] # which files, then where
+    while True:
+        before, error, result = stamp(), None, None
+        try: result = read()
+        except (OSError, BadFileError) as e: error = e
+        if stamp() == before: break
+    if error: raise error
+    return result
+
 def _read_object(path):
     if (size := path.stat().st_size) > 10_000_000: raise ValueError(f"{path.name} has {size:,} bytes, too many for a configuration")
     return read_json(path.read_text(encoding="utf-8"))
 
 def _checked_note(note):
     ok = isinstance(note, dict) and all(isinstance(note.get(k), str) for k in ("base_fingerprint", "weights_sha256"))
+    ok = ok and isinstance(note.get("base_rounded", {}), dict) # not in notes of version 0.1
     if not ok or not isinstance(note.get("config"), dict) or note["config"].keys() != set(_AGREE): raise ValueError(f"{NOTE} is damaged")
     return note
 
 # %% ../nbs/05_load_merge.ipynb #1d02d946
+_FILES = CONFIG, WEIGHTS, NOTE
+
 def _open_adapter(path):
     "(config, shapes, note, the file with the numbers): all but the numbers. Raises `FileNotFoundError`, `BadFileError`."
-    path = Path(path)
+    path = _home(path)
     if path.is_file(): raise BadFileError(f"{path} is a file; an adapter is a folder with {CONFIG} and {WEIGHTS}")
     if not path.is_dir(): raise FileNotFoundError(f"no adapter folder at {path}")
     with _one_error(path):
@@ -216,14 +287,12 @@ def read_adapter(
     path, # the adapter's folder
 ) -> tuple: # (config, tensors under the layers' own names + ".A" or ".B", note; the note is {} for an adapter from PEFT)
     "Read an adapter folder. Raises `FileNotFoundError`, or `BadFileError` for a damaged or foreign one."
-    config, _, note, weights = _open_adapter(path)
-    with _one_error(path): return config, _read_tensors(weights, note), note
+    def read():
+        config, _, note, weights = _open_adapter(path)
+        with _one_error(path): return config, _read_tensors(weights, note), note
+    return _one_save(_home(path), _FILES, read)
 
 # %% ../nbs/05_load_merge.ipynb #fe8ca9d9
-def _fits(rule, name):
-    "PEFT's rule: a regular expression for the whole name, or a list of suffixes."
-    return _matches(rule, name) if isinstance(rule, str) else any(_has_suffix(name, t) for t in rule)
-
 def _in_blocks(name, config):
     "Is the layer in one of the blocks in `layers_to_transform`? Only for layers that are named by a suffix."
     wanted, patterns = config["layers_to_transform"], config["layers_pattern"] or []
@@ -245,11 +314,11 @@ def _selected(model, config):
 
 # %% ../nbs/05_load_merge.ipynb #833612e0
 def _expected(layers, how):
-    "The tensors that an adapter has for these layers, as shapes. Raises `ValueError` where a rank is out of range."
+    "The tensors that an adapter has for these layers, as shapes. Raises `ValueError` for a rank that is none."
     tensors = {}
     for n, layer in layers.items():
         (d_out, d_in), r = linear_shape(layer), how[n][0]
-        if not 1 <= r <= min(d_out, d_in): raise ValueError(f"rank {r} is outside 1…{min(d_out, d_in)} for {n} of shape {(d_out, d_in)}")
+        if r < 1: raise ValueError(f"{n}: rank {r} is less than 1")
         tensors[f"{n}.A"], tensors[f"{n}.B"] = torch.empty(r, d_in, device="meta"), torch.empty(d_out, r, device="meta")
     return tensors
 
@@ -260,13 +329,18 @@ def _settings_of(names, config):
                 config["lora_dropout"] or 0.0, config["use_rslora"]) for n in names}
 
 # %% ../nbs/05_load_merge.ipynb #253a76f5
-def _fit(model, adapter, path, base_print=None):
+def _check_base(state, model, note, path, base_print=None):
+    "Raise `BadFileError` unless the note is about this base, as it is or cast."
+    prints = {"": note["base_fingerprint"], **note.get("base_rounded", {})}
+    if base_print in prints.values() if base_print else _is_base(state, model, prints): return
+    mine = base_print or _print(state, model)
+    raise BadFileError(f"{path} was trained on another base: fingerprint {prints[''][:12]}, this model {mine[:12]}")
+
+def _fit(model, adapter, path):
     "name -> arguments of `LoRALinear`, for the layers of an adapter. Raises `BadFileError` unless it fits exactly."
-    config, shapes, note, _ = adapter
-    if note and note["base_fingerprint"] != (mine := base_print or fingerprint(model)):
-        raise BadFileError(f"{path} was trained on another base: fingerprint {note['base_fingerprint'][:12]}, this model {mine[:12]}")
-    with _one_error(path), disable_lora(model):
-        layers = {n: model.get_submodule(n) for n in _selected(model, config)}
+    config, shapes, _, _ = adapter
+    with _one_error(path):
+        layers = {n: _plain(model.get_submodule(n)) for n in _selected(model, config)}
         _refuse(model, layers)
         how = _settings_of(layers, config)
         check_tensors(shapes, _expected(layers, how), str(path))
@@ -274,34 +348,40 @@ def _fit(model, adapter, path, base_print=None):
 
 # %% ../nbs/05_load_merge.ipynb #05bac349
 def _filled(layers, tensors):
-    "The LoRA layers, with these numbers in A and B."
+    "The LoRA layers, with these numbers in A and B. Raises `ValueError` where one is too large for their type."
     with torch.no_grad():
         for n, layer in layers.items(): layer.A.copy_(tensors[f"{n}.A"]), layer.B.copy_(tensors[f"{n}.B"])
+    large = [n for n, layer in layers.items() if not (layer.A.isfinite().all() and layer.B.isfinite().all())]
+    if large: raise ValueError(f"A or B of {large[:5]} is too large for {layers[large[0]].A.dtype}, the type of this base")
     return layers
 
 def _load(model, path, base_print=None):
     "name -> LoRALinear with the numbers of the file; the model is not changed."
-    *_, note, weights = adapter = _open_adapter(path)
-    how = _fit(model, adapter, path, base_print)
-    with _one_error(path): tensors = _read_tensors(weights, note)
+    def read():
+        *_, note, weights = adapter = _open_adapter(path)
+        if note: _check_base(_base_state(model), model, note, path, base_print)
+        how = _fit(model, adapter, path)
+        with _one_error(path): return how, _read_tensors(weights, note)
+    how, tensors = _one_save(_home(path), _FILES, read)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        with disable_lora(model): return _filled(_wrap(model, how), tensors)
+        with _one_error(path): return _filled(_wrap(model, how), tensors)
     finally:
         for p, flag in flags: p.requires_grad_(flag) # wrapping freezes; until the layers are in place nothing has changed
 
 # %% ../nbs/05_load_merge.ipynb #cd654424
+@_inside
 def load_adapter(
     model: nn.Module, # the base, or one with LoRA layers of the same shape; changed in place
     path, # the adapter's folder, from here or from PEFT
 ) -> nn.Module: # the same model
     "Put a saved adapter on its base. Raises `BadFileError` where they do not fit; the model is then unchanged."
-    _refuse_merged(model)
+    _ready(model)
     new, own = _load(model, path), lora_modules(model)
     if not own: return _install(model, new)
     kind = lambda layers: {n: (m.r, m.scaling) for n, m in layers.items()}
     if kind(own) != kind(new): raise BadFileError(f"{path}: the adapter on this model has another rank, alpha or other layers; use swap_adapter")
-    _filled(own, {f"{n}.{ab}": getattr(m, ab) for n, m in new.items() for ab in "AB"})
+    with _changing(model): _filled(own, {f"{n}.{ab}": getattr(m, ab) for n, m in new.items() for ab in "AB"})
     return _install(model, own)
 
 # %% ../nbs/05_load_merge.ipynb #b4634ca6
@@ -315,16 +395,20 @@ def load_with_lora(
     return load_adapter(model, adapter_ckpt).to(device or default_device()).eval()
 
 # %% ../nbs/05_load_merge.ipynb #3e419a8b
+@_inside
 def swap_adapter(
     model: nn.Module, # a model that carries an adapter; changed in place
     path, # the folder of the adapter that takes its place; rank and layers may differ
     base_print: str=None, # the model's fingerprint, if you know it; None: computed
 ) -> nn.Module: # the same model; its A and B are new, so an optimizer must be made anew
-    "Replace the adapter. Raises `ValueError` if there is none, `BadFileError` as `load_adapter`; then nothing has changed."
-    _refuse_merged(model)
+    """Replace the adapter. Raises `ValueError` if there is none, `BadFileError` as `load_adapter`; then nothing has changed.
+
+    Other threads may run the model meanwhile: each `model(x)` has the old adapter or the new one, whole. The exchange is one
+    assignment a layer, and waits until no forward is on its way; forwards inside `torch.compile` do not wait."""
+    _ready(model)
     if not lora_modules(model): raise ValueError("this model carries no adapter to replace; use load_adapter")
     new = _load(model, path, base_print)
-    return _install(remove_lora(model), new)
+    return _install(model, new)
 
 # %% ../nbs/05_load_merge.ipynb #88afab27
 @torch.no_grad()
@@ -334,6 +418,7 @@ def merged_linear(
     "The plain layer that computes what `layer` computes (arXiv 2106.09685, section 4.1). Raises `ValueError` if not finite."
     delta = layer.delta_weight() # (out, in)
     weight = layer.base.weight + (delta.T if is_conv1d(layer.base) else delta) # a new tensor
+    weight = weight.to(layer.base.weight.dtype)
     if not weight.isfinite().all(): raise ValueError("the merged weight would hold NaN or infinity; nothing was merged")
     new = copy.deepcopy(layer.base) # its bias, type and device
     new.weight = nn.Parameter(weight)
@@ -342,40 +427,67 @@ def merged_linear(
 # %% ../nbs/05_load_merge.ipynb #93bb8aba
 def _merged_layers(model):
     "name -> merged layer, for every LoRA layer. Raises `ValueError`; nothing is changed."
-    _refuse_merged(model)
+    _ready(model)
     layers = lora_modules(model)
     if not layers: raise ValueError("this model has no LoRA layers: nothing to merge")
-    _refuse(model, [f"{n}.base" for n in layers])
+    _refuse(model, layers)
     return {n: merged_linear(m) for n, m in layers.items()}
 
+def _refuse_own_ways(layers):
+    for n, m in ((n, m) for n, layer in layers.items() for m in (layer, layer.base)):
+        if "forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks:
+            raise ValueError(f"{n} has a hook, or a forward of its own, which a merged layer might not go through in the same way; remove it to merge")
+
+@_inside
 def merge_lora(
     model: nn.Module, # changed in place: plain linear layers again
+    keep: bool=True, # keep the old layers for `unmerge_lora`, which takes the memory of their weights once more; False: the merge is final
 ) -> nn.Module: # the same model
-    "Fold every adapter into its weight. Raises `ValueError` if there is none, it is merged already, or a weight is tied."
+    "Fold every adapter into its weight. Raises `ValueError` if there is none, it is merged already, a weight is tied, or a layer has hooks."
+    if not keep and vars(model).pop("_before_merge", None): return _forget(model) # merged already, now for good
     merged, old = _merged_layers(model), lora_modules(model)
-    for n, new in merged.items(): _replace(model, n, new)
-    model._before_merge = {n: (old[n], new) for n, new in merged.items()} # a dict is not a submodule
+    _refuse_own_ways(old)
+    with _changing(model):
+        for n, new in merged.items(): _replace(model, n, new)
+    if not keep: return _forget(model)
+    model._before_merge = {n: (old[n], new, digest(new.state_dict())) for n, new in merged.items()} # a dict is not a submodule
     return model
 
 # %% ../nbs/05_load_merge.ipynb #e6d4834f
+def _unchanged(old, new, mark):
+    "Is it still the layer that merging made, perhaps cast?"
+    if digest(new.state_dict()) == mark: return True
+    made, now = merged_linear(old).state_dict(), new.state_dict()
+    ways = [_cast(made, t) for t in (new.weight.dtype, *_ROUNDED.values())]
+    return any(all(torch.equal(v, way[k].to(v)) for k, v in now.items()) for way in ways)
+
+def _follow(old, new):
+    "A layer on the device of another one, and in its type if that was changed."
+    same = old.base.weight.dtype == new.weight.dtype # A and B may have another one
+    return old.to(new.weight.device) if same else old.to(new.weight)
+
+@_inside
 def unmerge_lora(
     model: nn.Module, # a model that `merge_lora` changed; changed back in place
 ) -> nn.Module: # the same model, bit for bit as before the merge; device and dtype as they are now
-    "Put the layers from before the merge back. Raises `ValueError` if it is not merged, or changed since."
+    "Put the layers from before the merge back. Raises `ValueError` if it is not merged, or its weights were changed since."
     kept = getattr(model, "_before_merge", None)
-    if not kept: raise ValueError("this model was not merged by merge_lora")
-    if any(model.get_submodule(n) is not new for n, (_, new) in kept.items()):
+    if not kept: raise ValueError("this model was not merged by merge_lora, or for good")
+    if any(model.get_submodule(n) is not new for n, (_, new, _) in kept.items()):
         raise ValueError("layers were replaced after the merge; put them back first")
-    for n, (old, new) in kept.items(): _replace(model, n, old.to(new.weight)) # follows a model that was moved or cast
+    changed = [n for n, layers in kept.items() if not _unchanged(*layers)]
+    if changed: raise ValueError(f"the merged weights of {changed[:5]} were changed, which un-merging would lose; merge_lora(model, keep=False) keeps them")
+    with _changing(model):
+        for n, (old, new, _) in kept.items(): _replace(model, n, _follow(old, new)) # follows a model that was moved or cast
     del model._before_merge
     return model
 
 # %% ../nbs/05_load_merge.ipynb #a83d8d91
+@_inside
 def merged_state_dict(
     model: nn.Module, # a model with LoRA layers; left as it is
 ) -> dict: # the names and shapes of the base's state dict, with W + scaling * B A
-    "What the state dict would be after `merge_lora`. Raises `ValueError` as `merge_lora` does."
-    merged = _merged_layers(model)
-    with disable_lora(model): state = model.state_dict()
+    "What the state dict would be after `merge_lora`. Raises `ValueError` as `merge_lora` does, except for hooks, which are no weights."
+    merged, state = _merged_layers(model), _base_state(model)
     for n, new in merged.items(): state[f"{n}.weight"] = new.weight.detach()
     return state

@@ -10,12 +10,12 @@ import json, re, warnings
 from pathlib import Path
 import torch, torch.nn as nn
 from safetensors import safe_open
-from .files import BadFileError, atomic_folder, committed
-from .gpt import GPT, GPTConfig, check_tensors, digest, write_tensors
+from .files import BadFileError, _home, atomic_folder, committed
+from .gpt import GPT, GPTConfig, check_tensors, write_tensors
 from .tokenize import EOT, PAD, BPETokenizer
-from .lora import _install, _linear_names, _refuse, _wrap, linear_shape, lora_modules
-from .adapter import (PREFIX, _filled, _fit, _one_error, _open_adapter, _rank_and_alpha, _read_object, _read_tensors, _refuse_merged,
-                              _target_names, _write_adapter, adapter_config, disable_lora)
+from .lora import _base_state, _inside, _install, _linear_names, _prints, _ready, _refuse, _wrap, linear_shape, lora_modules
+from .adapter import (_FILES, PREFIX, _base_prints, _check_base, _filled, _fit, _leads_back, _one_error, _one_save, _open_adapter,
+                              _rank_and_alpha, _read_object, _read_tensors, _target_names, _write_adapter, adapter_config)
 
 # %% ../nbs/further/06_real_models.ipynb #a94c1c50
 _OUTSIDE = {"tok_emb": "model.embed_tokens", "norm_f": "model.norm", "lm_head": "lm_head"}
@@ -66,17 +66,14 @@ def _tokenizer_config(model):
                 split_special_tokens=True, clean_up_tokenization_spaces=False, model_max_length=model.config.max_seq_len)
 
 # %% ../nbs/further/06_real_models.ipynb #7e85643f
-def _base_state(model):
-    "The weights without adapters; a merged model has its adapter in them."
-    if not lora_modules(model): return model.state_dict()
-    with disable_lora(model): return model.state_dict()
-
+@_inside
 def export_base(
     model: GPT, # with adapters, its base is written; merged, the merged weights
     tok: BPETokenizer, # its tokenizer
     folder, # made if needed; the files appear together or not at all
 ):
-    "Write a Hugging Face folder that `AutoModelForCausalLM` and `AutoTokenizer` load. Raises `OSError` if the disk is full."
+    "Write a Hugging Face folder that `AutoModelForCausalLM` and `AutoTokenizer` load. Raises `ValueError` for too large a tokenizer, `OSError`."
+    if len(tok) > model.config.vocab_size: raise ValueError(f"the tokenizer has {len(tok)} tokens, the model {model.config.vocab_size}: they do not belong together")
     state, config = to_llama(_base_state(model)), _llama_config(model, tok)
     if model.config.tie_weights: del state["lm_head.weight"] # Llama ties it again
     texts = {"config.json": config, "tokenizer_config.json": _tokenizer_config(model),
@@ -138,11 +135,13 @@ def import_base(
     dtype: torch.dtype=torch.float32, # type of the loaded weights
 ) -> tuple: # (GPT in eval mode on the CPU, BPETokenizer; None with a warning if the folder's is of another kind)
     "Read a Llama checkpoint into our GPT. Raises `FileNotFoundError`, or `BadFileError` with what does not fit."
-    folder = Path(folder)
-    if not committed(folder, "config.json").is_file(): raise FileNotFoundError(f"no model at {folder}: config.json is missing")
-    with _one_error(folder, "Llama checkpoint"):
-        config = _gpt_config(_read_object(committed(folder, "config.json")))
-        state = _read_weights(folder, config)
+    folder = _home(folder)
+    def read():
+        if not committed(folder, "config.json").is_file(): raise FileNotFoundError(f"no model at {folder}: config.json is missing")
+        with _one_error(folder, "Llama checkpoint"):
+            config = _gpt_config(_read_object(committed(folder, "config.json")))
+            return config, _read_weights(folder, config)
+    config, state = _one_save(folder, ["config.json", "model.safetensors", "tokenizer.json"], read)
     model = GPT(config).to(dtype)
     model.load_state_dict(state)
     try: tok = BPETokenizer.load(committed(folder, "tokenizer.json"))
@@ -152,21 +151,24 @@ def import_base(
     return model.eval(), tok
 
 # %% ../nbs/further/06_real_models.ipynb #d06996db
+@_inside
 def export_adapter(
     model: GPT, # with LoRA layers
     folder, # made if needed
     base: str=None, # name or folder of the base on Hugging Face's side, for tools that look it up
 ):
-    "Write the adapters of our GPT as PEFT has them on a Llama. Raises `ValueError` without LoRA layers, `OSError`."
+    "Write the adapters of our GPT as PEFT has them on a Llama. Raises `ValueError` as `save_adapter` does, `OSError`."
     config, tensors, layers = adapter_config(model), {}, {}
+    _base_prints(model)
     for name, m in lora_modules(model).items():
         names = llama_names(name)
         for n, B in zip(names, m.B.detach().chunk(len(names))): # (out, r) each
             layers[n] = (m.r, m.alpha)
             tensors |= {f"{PREFIX}{n}.lora_A.weight": m.A.detach().cpu().clone(), f"{PREFIX}{n}.lora_B.weight": B.cpu().clone()}
-    with disable_lora(model): there = [n for ours in _linear_names(model) for n in llama_names(ours)]
+    there = [n for ours in _linear_names(model) for n in llama_names(ours)]
     config |= {**_rank_and_alpha(layers), "target_modules": _target_names(layers, there), "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
-    _write_adapter(folder, config, tensors, digest(to_llama(_base_state(model))))
+    _leads_back(config, layers, there)
+    _write_adapter(folder, config, tensors, _prints(to_llama(_base_state(model))))
 
 # %% ../nbs/further/06_real_models.ipynb #62987068
 def fuse(
@@ -206,19 +208,23 @@ def _fused_layers(model, how, tensors):
     return {name: fuse(p, linear_shape(model.get_submodule(name))[0] // len(p)) for name, p in parts.items() if any(p)}
 
 # %% ../nbs/further/06_real_models.ipynb #8eb61c44
+@_inside
 def import_adapter(
     model: GPT, # without adapters; changed in place
     folder, # an adapter that PEFT trained on the exported Llama
 ) -> GPT: # the same model; q, k and v with different A become one layer of the summed rank
     "Put an adapter for the Llama on our GPT, exactly. Raises `BadFileError` where it cannot be represented; the model is unchanged."
-    _refuse_merged(model)
+    _ready(model)
     if lora_modules(model): raise ValueError("this model has LoRA layers already; call remove_lora(model) first")
-    *_, note, weights = adapter = _open_adapter(folder)
-    how = _fit(_skeleton(model), adapter, folder, digest(to_llama(model.state_dict())) if note else None)
+    def read():
+        config, _, note, weights = adapter = _open_adapter(folder)
+        if note: _check_base(to_llama(model.state_dict()), None, note, folder)
+        how = _fit(_skeleton(model), adapter, folder)
+        with _one_error(folder): return how, _read_tensors(weights, note), config["lora_dropout"] or 0.0
+    how, tensors, dropout = _one_save(_home(folder), _FILES, read)
     with _one_error(folder):
-        layers = _fused_layers(model, how, _read_tensors(weights, note))
+        layers = _fused_layers(model, how, tensors)
         _refuse(model, layers)
-        dropout = adapter[0]["lora_dropout"] or 0.0
         wrapped = _wrap(model, {n: (len(A), scaling * len(A), dropout, False) for n, (A, _, scaling) in layers.items()})
     numbers = {f"{n}.{key}": t for n, (A, B, _) in layers.items() for key, t in (("A", A), ("B", B))}
     return _install(model, _filled(wrapped, numbers))

@@ -31,9 +31,8 @@ def _check_lora(base, r, alpha, dropout):
     if isinstance(base, LoRALinear): raise TypeError("this layer is a LoRALinear already; wrap the nn.Linear inside it once")
     if not isinstance(base, nn.Linear) and not is_conv1d(base):
         raise TypeError(f"LoRALinear wraps an nn.Linear (or GPT-2's Conv1D), not {type(base).__name__}")
-    limit = min(linear_shape(base))
     if isinstance(r, bool) or not isinstance(r, int): raise ValueError(f"rank r={r!r} is not a whole number")
-    if not 1 <= r <= limit: raise ValueError(f"rank r={r} is outside 1…{limit} for a layer of shape {linear_shape(base)}")
+    if r < 1: raise ValueError(f"rank r={r} is less than 1")
     if not 0 < alpha < torch.inf: raise ValueError(f"alpha={alpha} is not a positive, finite number")
     if not 0 <= dropout < 1: raise ValueError(f"dropout={dropout} is not a share of 0 or more and less than 1")
 
@@ -42,7 +41,7 @@ class LoRALinear(nn.Module):
     "Frozen linear layer plus trained low-rank update (arXiv 2106.09685, section 4.1). Raises `TypeError`, `ValueError`."
     def __init__(self,
         base: nn.Module, # the `nn.Linear` (or `Conv1D`) to adapt, `W` (out, in); it is frozen
-        r: int=8, # rank of the update, 1 to min(in, out)
+        r: int=8, # rank of the update, 1 or more
         alpha: float=16, # the update is multiplied by alpha / r
         dropout: float=0.0, # share of the input of `A` that is dropped while training
         use_rslora: bool=False, # multiply by alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732)
@@ -57,19 +56,30 @@ class LoRALinear(nn.Module):
     def forward(self,
         x: torch.Tensor, # (…, in)
     ) -> torch.Tensor: # (…, out); (…, in) x (in, r) -> (…, r);  (…, r) x (r, out) -> (…, out)
-        return self.base(x) + F.linear(F.linear(self.dropout(x), self.A), self.B) * self.scaling
+        h = self.base(x)
+        update = F.linear(F.linear(self.dropout(x.to(self.A.dtype)), self.A), self.B) * self.scaling
+        return h + update.to(h.dtype)
     def delta_weight(self) -> torch.Tensor: # (out, in); (out, r) x (r, in) -> (out, in)
         "The update of the weight, `scaling * B A`."
         return (self.B @ self.A) * self.scaling
+    # some models look at a layer before they call it; it answers as the wrapped one
+    weight, bias = property(lambda self: self.base.weight), property(lambda self: self.base.bias)
+    in_features, out_features = (property(lambda self, i=i: linear_shape(self.base)[i]) for i in (1, 0))
     def extra_repr(self): return f"r={self.r}, alpha={self.alpha}, scaling={self.scaling:g}"
 
 # %% ../nbs/02_surgery.ipynb #65647314
-import math, re, time
-from dataclasses import dataclass
+import functools, inspect, json, math, re, threading, time, warnings
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
 import regex
+from .gpt import GPT, digest
 
 # %% ../nbs/02_surgery.ipynb #88e111c4
-def _linear_names(model): return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)]
+def _linear_names(model): # a layer with an adapter is one layer
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, LoRALinear)) or is_conv1d(m)}
+    return [n for n in layers if not n or not isinstance(layers.get(n.rpartition(".")[0]), LoRALinear)]
+
+def _plain(layer): return layer.base if isinstance(layer, LoRALinear) else layer
 
 def _has_suffix(name, suffix): return name == suffix or name.endswith("." + suffix)
 
@@ -109,6 +119,22 @@ def _no_match(model, what):
     there = sorted(set(map(_short, _linear_names(model))))
     return ValueError(f"no linear layer matches {what}; there are: {there}{''.join(hints)}")
 
+# %% ../nbs/02_surgery.ipynb #5a1be002
+def _unwrapped(model):
+    "The model inside of `torch.compile`, `DataParallel`, or any module that has no weights but those of one model with a `config`."
+    parts = [m for m in model.children() if any(True for _ in m.parameters())]
+    if len(parts) != 1 or model._parameters: return model
+    known = type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel")
+    return _unwrapped(parts[0]) if known or hasattr(parts[0], "config") and not hasattr(model, "config") else model
+
+def _inside(f):
+    "`f` for a model that may be wrapped: it gets the model inside, and where it returns that, the wrapper is returned."
+    @functools.wraps(f)
+    def on_wrapped(model, *args, **kwargs):
+        result = f(inner := _unwrapped(model), *args, **kwargs)
+        return model if result is inner else result
+    return on_wrapped
+
 # %% ../nbs/02_surgery.ipynb #3a3e0a9b
 def _by_suffix(model, names, targets):
     targets = [targets] if isinstance(targets, str) else list(targets)
@@ -118,6 +144,7 @@ def _by_suffix(model, names, targets):
     return [n for n in names if any(_has_suffix(n, t) for t in targets)]
 
 # %% ../nbs/02_surgery.ipynb #70458b3f
+@_inside
 def match_targets(
     model: nn.Module, # any PyTorch model
     targets, # suffixes (a `str` or several), "all-linear", or a compiled regex
@@ -137,14 +164,31 @@ def match_targets(
     return found
 
 # %% ../nbs/02_surgery.ipynb #142477f6
+@functools.cache
+def _source(kind):
+    "The code of a class and its parents, without what starts or ties weights; empty where Python cannot find it."
+    code = []
+    for n, f in ((n, f) for c in kind.__mro__[:kind.__mro__.index(nn.Module)] for n, f in vars(c).items()):
+        with suppress(OSError, TypeError):
+            if inspect.isfunction(f) and not re.search("init|reset|tie", n): code.append(inspect.getsource(f))
+    return "\n".join(code)
+
+def _multiplies(module, path):
+    "Does the code of a module use the weight of the layer at `path` under it? Looking at its type, shape or place is no use."
+    if "." not in path and isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)): return True
+    path = re.escape(".".join(path.split(".")[-2:]))
+    return re.search(rf"(?<!isinstance\(self)\.{path}\.weight\b(?!\.(dtype|device|shape|size|ndim)\b)", _source(type(module)))
+
 def _why_not(model, name):
     "Why the layer `name` cannot take an adapter; None if it can."
-    layer, above = model.get_submodule(name), [model, *(model.get_submodule(name[:m.start()]) for m in re.finditer(r"\.", name))]
-    weight, parent = layer._parameters.get("weight"), above[-1]
-    if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-        return f"nn.{type(parent).__name__} reads this weight without calling the layer, so an adapter would never be called"
-    for m in above:
+    ends = [0, *(m.end() for m in re.finditer(r"\.", name))]
+    layer, above = _plain(model.get_submodule(name)), {name[i:]: model.get_submodule(name[:i].rstrip(".")) for i in ends} # path -> who holds it
+    weight = layer._parameters.get("weight")
+    for m in above.values():
         if isinstance(m, nn.Linear): return f"it is inside a {type(m).__name__}, itself a linear layer, which uses it in its own way"
+    for path, m in reversed(above.items()):
+        kind = f"nn.{type(m).__name__}" if type(m).__module__.startswith("torch.nn") else type(m).__name__
+        if _multiplies(m, path): return f"{kind} reads this weight without calling the layer, so an adapter would never be called"
     if not is_conv1d(layer) and type(layer).forward is not nn.Linear.forward: return f"{type(layer).__name__} is an nn.Linear with a forward of its own"
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__} and no plain parameter: quantized, computed, or not made yet"
@@ -159,26 +203,63 @@ def _refuse(model, names):
             homes.setdefault(id(part), []).append(f"{owner}.{key}".lstrip("."))
     for name in names:
         if why := _why_not(model, name): raise ValueError(f"{name}: {why}. Leave it out of the targets")
-        layer = model.get_submodule(name)
-        shared = sorted({*homes[id(layer)], *homes[id(layer.weight)]} - {name, name + ".weight"})
+        layer = _plain(model.get_submodule(name))
+        shared = sorted({*homes[id(layer)], *homes[id(layer.weight)]} - {name + end for end in ("", ".weight", ".base", ".base.weight")})
         if shared: raise ValueError(f"{name} is shared with {shared}; an adapter on one would not follow the other. Untie it "
                                     "or leave it out")
 
 # %% ../nbs/02_surgery.ipynb #d6abe98a
+def _held(model):
+    if isinstance(model, LoRALinear): raise ValueError("the model itself is a LoRALinear; nothing holds it. Use model.base, or merged_linear(model)")
+
 def _replace(model, name, layer):
     parent, _, child = name.rpartition(".")
+    _held(model)
     setattr(model.get_submodule(parent), child, layer.train(model.get_submodule(name).training))
 
 def _wrap(model, how):
     "name -> LoRALinear for all of `how`, {name: (r, alpha, dropout, use_rslora)}, or an error and an unchanged model."
     flags, wrapped = [(p, p.requires_grad) for p in model.parameters()], {}
     try:
-        for n in how: wrapped[n] = LoRALinear(model.get_submodule(n), *how[n])
+        for n in how: wrapped[n] = LoRALinear(_plain(model.get_submodule(n)), *how[n])
     except BaseException as e:
         for p, flag in flags: p.requires_grad_(flag)
         if not isinstance(e, ValueError): raise
         raise ValueError(f"{n}: {e}") from e
+    wide = [n for n, m in wrapped.items() if m.r > min(linear_shape(m.base))]
+    if wide: warnings.warn(f"the rank is larger than {len(wide)} of the layers, which trains more numbers than their updates can use: {wide[:3]}", stacklevel=4)
     return wrapped
+
+# %% ../nbs/02_surgery.ipynb #5a1be004
+class _Gate:
+    "Who changes the adapters waits for the forwards of other threads, and the next forwards wait for him. A copy is a new gate."
+    def __init__(self): self.turn, self.inside, self.changing = threading.Condition(), set(), 0
+    def __reduce__(self): return _Gate, ()
+    def enter(self):
+        with self.turn:
+            self.turn.wait_for(lambda: not self.changing or threading.get_ident() in self.inside)
+            self.inside.add(threading.get_ident())
+    def leave(self):
+        with self.turn: self.inside.discard(threading.get_ident()); self.turn.notify_all()
+    @contextmanager
+    def closed(self):
+        with self.turn:
+            self.changing += 1
+            self.inside.discard(threading.get_ident())
+            self.turn.wait_for(lambda: not self.inside, timeout=60) # one that was interrupted never says that it has ended
+            try: yield
+            finally: self.changing -= 1; self.turn.notify_all()
+
+def _enter(model, args):
+    if not torch.compiler.is_compiling(): model._lora_gate.enter()
+
+def _leave(model, args, result):
+    if not torch.compiler.is_compiling(): model._lora_gate.leave()
+
+def _still(model): # no change by another thread meanwhile
+    return model._lora_gate.turn if hasattr(model, "_lora_gate") else nullcontext()
+
+def _changing(model): return model._lora_gate.closed() if hasattr(model, "_lora_gate") else nullcontext()
 
 # %% ../nbs/02_surgery.ipynb #3ce670f8
 def _checked_pattern(pattern):
@@ -205,6 +286,7 @@ def _setting(name, pattern, default, until=math.inf):
     return default
 
 # %% ../nbs/02_surgery.ipynb #fbc8793d
+@_inside
 def lora_modules(
     model: nn.Module, # any model
 ) -> dict: # name -> LoRALinear, in the model's order
@@ -223,13 +305,57 @@ def lora_param_count(
     "How many parameters LoRA trains."
     return sum(p.numel() for p in lora_parameters(model))
 
+# %% ../nbs/02_surgery.ipynb #5a1be006
+_ROUNDED = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+def _base_state(model):
+    "The state dict that the model has without its adapters; no layer is moved."
+    with _still(model): layers, state = dict(model.named_modules(remove_duplicate=False)), model.state_dict()
+    names = {}
+    for n, m in layers.items():
+        if isinstance(m, LoRALinear):
+            at = f"{n}." if n else ""
+            names |= {f"{at}A": None, f"{at}B": None, **{f"{at}base.{k}": f"{at}{k}" for k in m.base.state_dict()}}
+    return {names.get(k, k): v for k, v in state.items() if names.get(k, k) and isinstance(v, torch.Tensor)}
+
+def _cast(state, dtype): return {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+
+def _print(state, model=None):
+    "What `fingerprint` gives for this state of the base."
+    return digest(state, json.dumps(asdict(model.config), sort_keys=True) if isinstance(model, GPT) else "")
+
+def _prints(state, model=None):
+    "Fingerprints of a base as it is (\"\") and in 16 bits, {type: 64 hex digits}; {} where its numbers are not there yet."
+    if any(v.is_meta or nn.parameter.is_lazy(v) for v in state.values()): return {}
+    return {"": _print(state, model), **{t: _print(_cast(state, dtype), model) for t, dtype in _ROUNDED.items()}}
+
+def _sums(state): return {k: v.float().sum().item() for k, v in state.items()} # to say what changed
+
 # %% ../nbs/02_surgery.ipynb #b8e58e80
 def _install(model, wrapped):
-    "Put LoRA layers, {name: LoRALinear}, in their places; only A and B are left trainable."
-    model.requires_grad_(False)
-    for name, layer in wrapped.items(): _replace(model, name, layer)
-    for p in lora_parameters(model): p.requires_grad_(True)
+    "Put LoRA layers, {name: LoRALinear}, in the place of all others, one assignment a layer; only A and B are left trainable."
+    if not hasattr(model, "_lora_gate"):
+        state = _base_state(model)
+        prints = _prints(state, model)
+        model._lora_gate, model._lora_base = _Gate(), (prints, _sums(state) if prints else {})
+        model._lora_hooks = model.register_forward_pre_hook(_enter, prepend=True), model.register_forward_hook(_leave, always_call=True)
+    with _changing(model):
+        for name, layer in {**{n: m.base for n, m in lora_modules(model).items()}, **wrapped}.items(): _replace(model, name, layer)
+        own = set(map(id, lora_parameters(model)))
+        for p in model.parameters(): p.requires_grad_(id(p) in own)
     return model
+
+def _forget(model):
+    for hook in vars(model).pop("_lora_hooks", ()): hook.remove()
+    for name in ("_lora_gate", "_lora_base"): vars(model).pop(name, None)
+    return model
+
+def _ready(model):
+    "Raise `ValueError` unless the adapters of a model can be looked at and changed."
+    _held(model)
+    if any("_before_merge" in vars(m) for m in model.modules()):
+        raise ValueError("this model is merged: its adapter is part of the weights. Call unmerge_lora first, or make the merge final with merge_lora(model, keep=False)")
+    if "_lora_off" in vars(model): raise ValueError("the adapters are switched off; leave the block of disable_lora first")
 
 # %% ../nbs/02_surgery.ipynb #93c5cc38
 def _layer_settings(names, r, alpha, dropout, use_rslora, rank_pattern, alpha_pattern):
@@ -239,6 +365,7 @@ def _layer_settings(names, r, alpha, dropout, use_rslora, rank_pattern, alpha_pa
         if idle: raise ValueError(f"{what}: {idle} fits no adapted layer; these are {sorted(set(map(_short, names)))}")
     return {n: (_setting(n, rank_pattern, r), _setting(n, alpha_pattern, alpha), dropout, use_rslora) for n in names}
 
+@_inside
 def add_lora_to_model(
     model: nn.Module, # changed in place
     r: int=8, # rank
@@ -252,18 +379,21 @@ def add_lora_to_model(
 ) -> nn.Module: # the same model
     "Wrap the targets, freeze all but A and B (arXiv 2106.09685, section 4.2). Raises `ValueError`, model unchanged."
     if lora_modules(model): raise ValueError("this model has LoRA layers already; call remove_lora(model) first")
+    _ready(model)
     names = match_targets(model, targets, exclude)
     _refuse(model, names)
     return _install(model, _wrap(model, _layer_settings(names, r, alpha, dropout, use_rslora, rank_pattern, alpha_pattern)))
 
 # %% ../nbs/02_surgery.ipynb #1e39c105
+@_inside
 def remove_lora(
     model: nn.Module, # changed in place; without LoRA layers nothing happens
 ) -> nn.Module: # the same model with its own layers back, still frozen
     "Take the adapters out and throw them away. Raises `ValueError` where the model itself is a LoRALinear."
-    if isinstance(model, LoRALinear): raise ValueError("the model itself is a LoRALinear; nothing holds it. Use model.base")
-    for name, layer in lora_modules(model).items(): _replace(model, name, layer.base)
-    return model
+    if not (layers := lora_modules(model)): return model
+    with _changing(model):
+        for name, layer in layers.items(): _replace(model, name, layer.base)
+    return _forget(model)
 
 # %% ../nbs/02_surgery.ipynb #3db8a099
 @dataclass
