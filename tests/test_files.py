@@ -98,3 +98,22 @@ def test_an_output_that_cannot_be_written_is_found_at_once(tmp_path, path, error
     (tmp_path/"folder").mkdir(); (tmp_path/"file").touch()
     with pytest.raises(error, match=re.escape(path)): probe(tmp_path/path)
     probe(tmp_path/"new"/"x"); assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+# JSON of people
+
+def test_odd_lines(tmp_path):
+    (tmp_path/"a").write_bytes(b'\xef\xbb\xbf{"t": "one\xe2\x80\xa8two"}\r\n\n[1]')
+    assert read_jsonl(tmp_path/"a") == [{"t": "one\u2028two"}, [1]]
+    for bad in (b"\xff", b"[" * 100_000, b"1" * 5000):
+        (tmp_path/"a").write_bytes(b"1\n" + bad)
+        with pytest.raises(BadFileError, match="line 2"): read_jsonl(tmp_path/"a")
+
+def test_a_log_is_only_added_to(tmp_path):
+    (log := tmp_path/"log").write_text('{"n": 0, "x": 0}') # no end of line, and another process beside us
+    def run(n):
+        with open(log, "a") as f: f.write('\n{"n": 2, "x": 0}\n')
+        return dict(x=n)
+    assert log_runs(log, [dict(n=n) for n in range(3)], run) == [dict(n=0, x=0), dict(n=2, x=0), dict(n=1, x=1)]
+
+def test_a_log_that_cannot_be_written_is_found_before_the_first_run(tmp_path):
+    with pytest.raises(IsADirectoryError): log_runs(tmp_path, [dict(n=1)], lambda n: 1 / 0)

@@ -7,7 +7,7 @@ __all__ = ['BadFileError', 'atomic_path', 'probe', 'owned', 'committed', 'read_w
            'write_jsonl', 'log_runs']
 
 # %% ../nbs/base/00_files.ipynb #c07b3c3f
-import itertools, json, os, shutil, socket, tempfile, threading, time, uuid
+import itertools, json, os, shutil, socket, sys, tempfile, threading, time, uuid
 try: import fcntl
 except ImportError: fcntl = None # Windows: a folder is not locked there
 from contextlib import contextmanager, suppress
@@ -198,17 +198,18 @@ def _once(pairs):
 def read_json(
     text: str, # or bytes in UTF-8
 ): # the value
-    "Parse JSON. Raises `ValueError`, also for a key that stands twice in one object."
-    return json.loads(text, object_pairs_hook=_once)
+    "Parse JSON. Raises `ValueError`, also for a key that stands twice in one object, and for thousands of brackets in each other."
+    try: return json.loads(text, object_pairs_hook=_once)
+    except RecursionError: raise ValueError("nested too deeply") from None
 
 # %% ../nbs/base/00_files.ipynb #ef183441
 def read_jsonl(
     path, # a file with one JSON value in each line
 ) -> list: # the values
-    "Read a JSONL file. Raises `FileNotFoundError`, or `BadFileError` naming the line."
+    "Read a JSONL file. Raises `OSError`, e.g. `FileNotFoundError`, or `BadFileError` naming the line."
     rows = []
-    for n, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        try: rows.append(read_json(line))
+    for n, line in enumerate(_home(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1): # other signs for a new line may stand inside a text
+        try: rows += [read_json(line.decode())] if line.strip() else []
         except ValueError as e: raise BadFileError(f"{path}, line {n}: not JSON ({e})") from None
     return rows
 
@@ -219,16 +220,47 @@ def write_jsonl(
     "Write a JSONL file."
     with atomic_path(path) as tmp: tmp.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
+def _append(path, row):
+    "Add a line, whole or not at all; the lines before it are not touched."
+    with open(path, "ab+", buffering=0) as f:
+        end = f.seek(0, 2)
+        if end: f.seek(end - 1)
+        line = (b"" if not end or f.read(1) == b"\n" else b"\n") + json.dumps(row).encode() + b"\n"
+        if f.write(line) < len(line):
+            f.truncate(end)
+            raise OSError(28, "No space left on device", str(path))
+        os.fsync(f.fileno())
+
 # %% ../nbs/base/00_files.ipynb #ee4a0157
 def log_runs(
     path, # the log; made if it is missing
     settings: list, # one dict of plain values for each run
     run, # called with a setting as keyword arguments; returns a dict
 ) -> list: # all lines of the log, as dicts
-    "Make the runs that the log lacks, and add a line of setting and result for each."
-    rows = read_jsonl(path) if Path(path).exists() else []
-    todo = [s for s in settings if not any(s.items() <= row.items() for row in rows)]
-    for setting in tqdm(todo, unit="run"):
-        rows.append({**setting, **run(**setting)})
-        write_jsonl(path, rows)
-    return rows
+    "Make the runs that the log lacks, and add a line of setting and result for each. Raises `OSError` before the first if it cannot be written."
+    probe(path := _home(path))
+    rows = lambda: read_jsonl(path) if path.exists() else []
+    lacks = lambda setting: not any(setting.items() <= row.items() for row in rows())
+    for setting in tqdm([s for s in settings if lacks(s)], unit="run"):
+        if lacks(setting): # another process may have made it meanwhile
+            result = run(**setting)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _append(path, {**setting, **result})
+    return rows()
+
+# %% ../nbs/base/00_files.ipynb #cd0f6e85
+def _any_console():
+    "Print signs that a console cannot show as question marks."
+    for s in (sys.stdout, sys.stderr):
+        if hasattr(s, "reconfigure"): s.reconfigure(errors="replace")
+
+@contextmanager
+def _command(
+    p, # the `ArgumentParser` of a command
+    stopped=lambda: "nothing was saved", # what to say after Ctrl-C
+):
+    "Turn errors of files, values and people into a line and an exit status: 2, or 130 for Ctrl-C."
+    _any_console()
+    try: yield
+    except KeyboardInterrupt: p.exit(130, f"\n{p.prog}: stopped; {stopped()}\n")
+    except (ValueError, OSError, FloatingPointError, ImportError) as e: p.exit(2, f"{p.prog}: error: {e}\n")
