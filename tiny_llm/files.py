@@ -108,7 +108,7 @@ def owned(
 ):
     "Own a folder while the block runs; the same thread may take it again inside. Raises `FileExistsError` that names the other owner."
     folder = _home(folder).resolve()
-    me, lock, end, new = (folder, os.getpid(), threading.get_ident()), folder/_LOCK, time.monotonic() + wait, not folder.exists()
+    me, lock, end, new = (folder, os.getpid(), threading.get_ident()), folder/_LOCK, time.monotonic() + wait, [p for p in (folder, *folder.parents) if not p.exists()]
     if me in _MINE: yield; return
     folder.mkdir(parents=True, exist_ok=True)
     while (f := _take(lock)) is None:
@@ -125,8 +125,8 @@ def owned(
         _MINE.discard(me)
         with suppress(OSError): lock.unlink()
         with suppress(OSError): f.close()
-        if new: # and empty: as it was before
-            with suppress(OSError): folder.rmdir()
+        with suppress(OSError): # what is still empty goes, as it was before
+            for p in new: p.rmdir()
 
 # %% ../nbs/base/00_files.ipynb #b7abec58
 _STAGED = ".new" # the folder with the files of a save that has happened
