@@ -1,5 +1,5 @@
 "Files that are never half written, folders that have one owner, logs of runs."
-import multiprocessing, os, re, time
+import argparse, io, multiprocessing, os, re, sys, time
 import pytest
 from tiny_llm import files
 from tiny_llm.files import BadFileError, atomic_folder, atomic_path, log_runs, owned, probe, read_jsonl, read_whole
@@ -117,3 +117,17 @@ def test_a_log_is_only_added_to(tmp_path):
 
 def test_a_log_that_cannot_be_written_is_found_before_the_first_run(tmp_path):
     with pytest.raises(IsADirectoryError): log_runs(tmp_path, [dict(n=1)], lambda n: 1 / 0)
+
+# Commands
+
+def test_any_console_shows_what_it_can(monkeypatch):
+    "Field case 43."
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    with files._command(argparse.ArgumentParser(prog="x")): print("狐 fox")
+    sys.stdout.flush(); assert sys.stdout.buffer.getvalue() == b"? fox\n"
+
+@pytest.mark.parametrize("error, code, says", [(ValueError("no\nno"), 2, "x: error: no\nno\n"), (OSError("disk"), 2, "x: error: disk\n"), (KeyboardInterrupt(), 130, "\nx: stopped; all is saved\n")])
+def test_commands_end_alike(capsys, error, code, says):
+    with pytest.raises(SystemExit) as e:
+        with files._command(argparse.ArgumentParser(prog="x"), lambda: "all is saved"): raise error
+    assert e.value.code == code and capsys.readouterr().err == says
