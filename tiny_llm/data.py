@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 from .files import BadFileError, _home, atomic_folder, atomic_path, committed, owned
-from .tokenize import EOT, BPETokenizer
+from .bpe import EOT, BPETokenizer
 
 # %% ../nbs/base/03_corpus.ipynb #aeceebcc
 ASSETS = Path(str(files("tiny_llm"))) / "assets"

@@ -12,7 +12,7 @@ import torch
 from .data import ASSETS
 from .files import BadFileError, _home
 from .gpt import GPT, _header, load_checkpoint, new_cache
-from .tokenize import BPETokenizer
+from .bpe import BPETokenizer
 from .train import default_device
 
 # %% ../nbs/base/05_generate.ipynb #63d982f2

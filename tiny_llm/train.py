@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from tqdm.auto import tqdm
 from .files import BadFileError, _command, _home, atomic_path, committed, owned, read_jsonl, write_jsonl
-from .tokenize import BPETokenizer
+from .bpe import BPETokenizer
 from .gpt import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from .data import ASSETS, DATA_DIR, bundled_stories, load_ids, prepare, story_batches
 
