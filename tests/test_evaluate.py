@@ -27,7 +27,7 @@ def tiny(tmp_path_factory):
     for seed in (0, 1):
         torch.manual_seed(0)
         model = GPT(GPTConfig(d_model=32, n_heads=2, n_layers=2, d_mlp=48)).eval()
-        if not seed: save_checkpoint(model, folder/"base.safetensors")
+        if not seed: save_checkpoint(model, folder/"base.safetensors", tokenizer=load_base()[1].digest())
         add_lora_to_model(model, 2)
         with torch.no_grad(): [m.B.normal_(std=0.5, generator=torch.Generator().manual_seed(seed)) for m in lora_modules(model).values()]
         save_adapter(model, folder/f"adapter{seed}")
@@ -162,6 +162,10 @@ def test_words_asked_for():
     told = [Sample("", "the dog", True), Sample("", "the dog and the cat", False), Sample("", "no", True)]
     v = told_values(told, ["dog", "cat", "bee"], copy_corpus(["the dog"]))
     assert v["asked"][0].tolist() == [1, 1, 0] and v["elsewhere"][0].tolist() == [0.5, 0, 0] and v["copied"][0].tolist() == [2, 2, 0]
+
+@pytest.mark.parametrize("told, things", [([], []), ([Sample("", "a dog", True)], ["dog"]), ([Sample("", "a dog", True)] * 2, ["dog"])])
+def test_too_few_stories_told_have_no_score(told, things):
+    with pytest.raises(ValueError, match="two at least"): told_values(told, things, "")
 
 def test_stories_are_those_of_generate(base):
     told = sample_stories(*base, ["Tell me a story."], seed=3, max_new_tokens=30)

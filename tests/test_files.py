@@ -1,5 +1,5 @@
 "Files that are never half written, folders that have one owner, logs of runs."
-import argparse, io, multiprocessing, os, re, sys, time
+import argparse, io, multiprocessing, os, re, sys, time, warnings
 import pytest
 from tiny_llm import files
 from tiny_llm.files import BadFileError, atomic_folder, atomic_path, log_runs, owned, probe, read_jsonl, read_whole
@@ -64,8 +64,11 @@ def test_a_folder_has_one_owner(tmp_path):
 
 def test_a_folder_that_was_made_for_nothing_is_gone(tmp_path):
     with pytest.raises(ValueError):
-        with owned(tmp_path/"a"): raise ValueError
+        with owned(tmp_path/"a"/"b"): raise ValueError
     assert os.listdir(tmp_path) == []
+    (tmp_path/"a").touch()
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        with owned(tmp_path/"a"): pass
 
 @pytest.mark.parametrize("text", ["", "no JSON", "[1]", '{"process": "*/../..", "mark": "*"}'])
 def test_a_strange_lock_file_is_taken_over(tmp_path, text):
@@ -123,8 +126,9 @@ def test_a_log_that_cannot_be_written_is_found_before_the_first_run(tmp_path):
 def test_any_console_shows_what_it_can(monkeypatch):
     "Field case 43."
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
-    with files._command(argparse.ArgumentParser(prog="x")): print("狐 fox")
-    sys.stdout.flush(); assert sys.stdout.buffer.getvalue() == b"? fox\n"
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    with files._command(argparse.ArgumentParser(prog="x")): print("狐 fox"); warnings.warn("鶏")
+    for s, said in ((sys.stdout, b"? fox\n"), (sys.stderr, b"note: ?\n")): s.flush(); assert s.buffer.getvalue() == said
 
 @pytest.mark.parametrize("error, code, says", [(ValueError("no\nno"), 2, "x: error: no\nno\n"), (OSError("disk"), 2, "x: error: disk\n"), (KeyboardInterrupt(), 130, "\nx: stopped; all is saved\n")])
 def test_commands_end_alike(capsys, error, code, says):

@@ -202,7 +202,8 @@ def told_values(
     things: list, # what each was asked to be about
     corpus: str, # from `copy_corpus`
 ) -> dict: # metric -> (values, weights)
-    "What can be counted in stories without understanding them."
+    "What can be counted in stories without understanding them. Raises `ValueError` for fewer than two."
+    if not 1 < len(told) == len(things): raise ValueError(f"{len(told)} stories about {len(things)} things: two at least, one for each")
     texts = [s.text for s in told]
     has = np.array([[mentions(t, thing) for thing in things] for t in texts], float) # (P, P)
     others = has.T * (1 - np.eye(len(things)))

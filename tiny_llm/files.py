@@ -7,7 +7,7 @@ __all__ = ['BadFileError', 'atomic_path', 'probe', 'owned', 'committed', 'read_w
            'write_jsonl', 'log_runs']
 
 # %% ../nbs/base/00_files.ipynb #c07b3c3f
-import itertools, json, os, shutil, socket, sys, tempfile, threading, time, uuid
+import itertools, json, os, shutil, socket, sys, tempfile, threading, time, uuid, warnings
 try: import fcntl
 except ImportError: fcntl = None # Windows: a folder is not locked there
 from contextlib import contextmanager, suppress
@@ -110,6 +110,7 @@ def owned(
     folder = _home(folder).resolve()
     me, lock, end, new = (folder, os.getpid(), threading.get_ident()), folder/_LOCK, time.monotonic() + wait, [p for p in (folder, *folder.parents) if not p.exists()]
     if me in _MINE: yield; return
+    if folder.exists() and not folder.is_dir(): raise NotADirectoryError(f"{folder} is a file, not a folder")
     folder.mkdir(parents=True, exist_ok=True)
     while (f := _take(lock)) is None:
         o = {**dict.fromkeys(("process", "host", "started"), "?"), **_owner(lock)}
@@ -259,8 +260,11 @@ def _command(
     p, # the `ArgumentParser` of a command
     stopped=lambda: "nothing was saved", # what to say after Ctrl-C
 ):
-    "Turn errors of files, values and people into a line and an exit status: 2, or 130 for Ctrl-C."
+    "Turn errors of files, values and people into a line and an exit status, 2, or 130 for Ctrl-C; a warning into a line."
     _any_console()
-    try: yield
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+            yield
     except KeyboardInterrupt: p.exit(130, f"\n{p.prog}: stopped; {stopped()}\n")
     except (ValueError, OSError, FloatingPointError, ImportError) as e: p.exit(2, f"{p.prog}: error: {e}\n")

@@ -352,7 +352,7 @@ def load_prepared(
     try: train, valid = load_ids("train", data_dir), load_ids("valid", data_dir)
     except FileNotFoundError as e:
         raise FileNotFoundError(f"no prepared data in {data_dir or DATA_DIR}: call tiny_llm.data.prepare() first") from e
-    top = max(int(ids.max()) for ids in train)
+    top = max(int(ids.max()) for ids in train + valid)
     if top >= vocab_size: raise ValueError(f"token id {top} in the data, but the model's vocab_size is {vocab_size}")
     return train, valid
 
