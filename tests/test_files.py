@@ -83,6 +83,13 @@ def test_a_strange_lock_file_is_taken_over(tmp_path, text):
     with owned(tmp_path): pass
     assert os.listdir(tmp_path) == [".a.tmp"]
 
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    def flock(*a): raise OSError(38, "Function not implemented")
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match="without locks"):
+        with atomic_folder(tmp_path) as tmp: (tmp/"a").touch()
+    assert os.listdir(tmp_path) == ["a"]
+
 # What the system is used to
 
 def test_the_umask_decides_who_may_read(tmp_path):
@@ -127,6 +134,8 @@ def test_a_log_is_only_added_to(tmp_path):
 
 def test_a_log_that_cannot_be_written_is_found_before_the_first_run(tmp_path):
     with pytest.raises(IsADirectoryError): log_runs(tmp_path, [dict(n=1)], lambda n: 1 / 0)
+    (tmp_path/"log").write_text("[1]\n")
+    with pytest.raises(BadFileError, match="no log"): log_runs(tmp_path/"log", [dict(n=1)], lambda n: 1 / 0)
 
 # Commands
 

@@ -100,6 +100,7 @@ def test_non_finite_loss_stops_with_the_step(tmp_path, data, monkeypatch):
 
 def test_refusals(tmp_path, data):
     with pytest.raises(ValueError, match="adamw, muon"): PretrainConfig(optimizer="sgd")
+    with pytest.raises(ValueError, match="lr=nan, clip=0, drop_start=2, seed=-1 cannot"): PretrainConfig(lr=float("nan"), clip=0, drop_start=2, seed=-1)
     with pytest.raises(FileNotFoundError, match="prepare"): pretrain(tmp_path / "a", data_dir=tmp_path / "none", show=False)
     with pytest.raises(ValueError, match="vocab_size"): pretrain(tmp_path / "a", config=GPTConfig(vocab_size=300), data_dir=data, show=False)
     with pytest.raises(ValueError, match="max_seq_len"): pretrain(tmp_path / "a", config=GPTConfig(max_seq_len=64), data_dir=data, show=False)
@@ -162,6 +163,7 @@ def test_a_refused_run_has_changed_nothing(texts, capsys):
     for name, how in (("B", []), ("A", ["--lr", "1"]), ("A", ["--vocab-size", "500"])):
         command(texts, name, *how, code=2); assert contents(out) == before and "another run (different" in capsys.readouterr().err
     (out/"state.pt").unlink(); command(texts, "B", code=2)
+    (out/"log.jsonl").write_text(""); command(texts, "A", code=2); assert "no log of a run" in capsys.readouterr().err
     (out/"log.jsonl").unlink(); command(texts, "A", code=2)
     assert "not trained there" in capsys.readouterr().err and contents(out) == {k: v for k, v in before.items() if k.name not in ("state.pt", "log.jsonl")}
 
@@ -208,6 +210,11 @@ def test_a_long_text_is_used_whole(texts):
     assert [t for p in pieces for t in p[1:].tolist()] == train_ids[0][1:].tolist() and {len(p) for p in pieces} <= {64, 65}
     tokens = read_log(texts/"new"/"out"/"log.jsonl")[1][-1]["tokens"]
     assert tokens > 2 * 300 # two steps of 600, filled well: before, the text was one row of 64
+
+def test_what_was_asked_for_and_is_not_there_is_said(texts, capsys):
+    command(texts, "A", "--vocab-size", "9000")
+    said = capsys.readouterr()
+    assert "note: the text has words for" in said.err and "not for 9,000" in said.err and "some may never have been seen" in said.out
 
 def test_few_stories(texts):
     "Field case 31: a tenth is held out, or as many as one likes."

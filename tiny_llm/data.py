@@ -201,6 +201,7 @@ def prepare(
     with owned(data_dir, wait=30):
         train, valid = _splits(source, n_valid, seed, data_dir)
         tok = BPETokenizer.load(ASSETS / "tokenizer.json") if vocab_size is None else BPETokenizer.train(train, vocab_size)
+        if len(tok) < (vocab_size or 0): warnings.warn(f"the text has words for {len(tok):,} tokens, not for {vocab_size:,}", stacklevel=2)
         with atomic_folder(data_dir) as new:
             tok.save(new / "tokenizer.json")
             for name, stories in (("train", train), ("valid", valid)): _write_ids(tok, stories, new / f"{name}.bin")

@@ -43,7 +43,7 @@ def _flush_folder(path):
 
 def _target(path):
     "Where a file really is: past `~` and links. Raises `OSError` for what is no plain file."
-    path = _home(path).resolve()
+    path = Path(os.path.realpath(_home(path)))
     if path.is_dir(): raise IsADirectoryError(f"{path} is a folder, not a file")
     if path.exists() and not path.is_file(): raise OSError(f"{path} is no plain file")
     return path
@@ -58,7 +58,7 @@ def atomic_path(
     tmp, rights = _temporary(path.parent, path.name), _rights(path)
     try:
         yield tmp
-        os.chmod(tmp, rights)
+        with suppress(OSError): os.chmod(tmp, rights) # not every system can
         _flush(tmp)
         os.replace(tmp, path)
         _flush_folder(path.parent)
@@ -83,11 +83,11 @@ def _take(path):
     "The open lock file, or None where another has it."
     while True:
         f = open(path, "a+", encoding="utf-8")
-        try:
-            if fcntl: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.stat(path).st_ino == os.fstat(f.fileno()).st_ino: return f # else its owner removed it meanwhile
-        except FileNotFoundError: pass
+        try: fcntl and fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: return f.close()
+        except OSError as e: warnings.warn(f"{path.parent} is on a file system without locks ({e.strerror}): a second run there is not noticed")
+        with suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(f.fileno()).st_ino: return f # else its owner removed it meanwhile
         f.close()
 
 def _owner(path):
@@ -108,7 +108,7 @@ def owned(
     wait: float=0.0, # seconds to wait for another owner's end
 ):
     "Own a folder while the block runs; the same thread may take it again inside. Raises `FileExistsError` that names the other owner."
-    folder = _home(folder).resolve()
+    folder = Path(os.path.realpath(_home(folder)))
     me, lock, end, new = (folder, os.getpid(), threading.get_ident()), folder/_LOCK, time.monotonic() + wait, [p for p in (folder, *folder.parents) if not p.exists()]
     if me in _MINE: yield; return
     if folder.exists() and not folder.is_dir(): raise NotADirectoryError(f"{folder} is a file, not a folder")
@@ -167,7 +167,9 @@ def atomic_folder(
         tmp.mkdir()
         try:
             yield tmp
-            for p in tmp.iterdir(): os.chmod(p, _rights(folder/p.name)); _flush(p)
+            for p in tmp.iterdir():
+                with suppress(OSError): os.chmod(p, _rights(folder/p.name))
+                _flush(p)
             _flush_folder(tmp)
             os.rename(tmp, folder/_STAGED) # one rename for all: before it nothing has happened, after it everything has
             _flush_folder(folder)
@@ -225,9 +227,10 @@ def log_runs(
     settings: list, # one dict of plain values for each run
     run, # called with a setting as keyword arguments; returns a dict
 ) -> list: # all lines of the log, as dicts
-    "Make the runs that the log lacks, and add a line of setting and result for each. Raises `OSError` before the first if it cannot be written."
+    "Make the runs that the log lacks, and add a line of setting and result for each. Raises `OSError` or `BadFileError` before the first if it cannot be a log."
     probe(path := _home(path))
     rows = lambda: read_jsonl(path) if path.exists() else []
+    if not all(isinstance(row, dict) for row in rows()): raise BadFileError(f"{path} is no log: not every line is an object")
     lacks = lambda setting: not any(setting.items() <= row.items() for row in rows())
     for setting in tqdm([s for s in settings if lacks(s)], unit="run"):
         if lacks(setting): # another process may have made it meanwhile

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GPTConfig', 'rope_tables', 'apply_rope', 'KVCache', 'new_cache', 'Attention', 'MLP', 'Block', 'positions_and_mask',
-           'GPT', 'write_tensors', 'save_checkpoint', 'read_checkpoint', 'check_tensors', 'load_checkpoint', 'digest',
+           'GPT', 'check_tensors', 'write_tensors', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'digest',
            'fingerprint']
 
 # %% ../nbs/base/01_gpt.ipynb #382a9d3a
@@ -193,6 +193,19 @@ def _checkpoint_tensors(
     if model.config.tie_weights: del state["lm_head.weight"]
     return state
 
+# %% ../nbs/base/01_gpt.ipynb #7a3bd9d8
+def check_tensors(
+    state: dict, # tensors that were read, name -> tensor
+    expected: dict, # tensors that are needed, name -> tensor
+    where: str, # what is being read, for the message
+):
+    "Raise `BadFileError` unless names and shapes agree exactly."
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or extra: raise BadFileError(f"{where}: missing tensors {missing[:5]}, unexpected tensors {extra[:5]}")
+    for k, v in expected.items():
+        if v.shape != state[k].shape:
+            raise BadFileError(f"{where}: {k} has shape {tuple(state[k].shape)}, expected {tuple(v.shape)}")
+
 # %% ../nbs/base/01_gpt.ipynb #330583c1
 def write_tensors(
     path, # the file; `atomic_path` and `atomic_folder` make it appear whole or not at all
@@ -266,19 +279,6 @@ def read_checkpoint(
     except BadFileError: raise
     except Exception as e: # a broken pickle makes `torch.load` raise nearly anything
         raise BadFileError(f"{path} is not a readable checkpoint: {(str(e) or type(e).__name__).splitlines()[0]}") from e
-
-# %% ../nbs/base/01_gpt.ipynb #7a3bd9d8
-def check_tensors(
-    state: dict, # tensors that were read, name -> tensor
-    expected: dict, # tensors that are needed, name -> tensor
-    where: str, # what is being read, for the message
-):
-    "Raise `BadFileError` unless names and shapes agree exactly."
-    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if missing or extra: raise BadFileError(f"{where}: missing tensors {missing[:5]}, unexpected tensors {extra[:5]}")
-    for k, v in expected.items():
-        if v.shape != state[k].shape:
-            raise BadFileError(f"{where}: {k} has shape {tuple(state[k].shape)}, expected {tuple(v.shape)}")
 
 # %% ../nbs/base/01_gpt.ipynb #c46df407
 def load_checkpoint(

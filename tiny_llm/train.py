@@ -119,6 +119,8 @@ class PretrainConfig:
         for name in ("steps", "tokens_per_step", "seq_len", "eval_every"):
             if getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.hold < 1: raise ValueError(f"hold must be in [0, 1), not {self.hold}")
+        right = dict(lr=0 < self.lr < math.inf, clip=self.clip > 0, warmup=self.warmup >= 0, drop_start=0 <= self.drop_start <= 1, seed=self.seed >= 0)
+        if wrong := [f"{k}={getattr(self, k)}" for k, ok in right.items() if not ok]: raise ValueError(f"{', '.join(wrong)} cannot be used")
 
 # %% ../nbs/base/04_pretrain.ipynb #c45cfa1b
 def lr_at(
@@ -317,9 +319,10 @@ def write_log(
 def read_log(
     path: Path,  # a file of `write_log`
 ) -> tuple:      # (header: dict, log: list of dicts)
-    "Read a log written by `write_log`."
-    header, *log = read_jsonl(path)
-    return header, log
+    "Read a log written by `write_log`. Raises `OSError`, `BadFileError`."
+    rows = read_jsonl(path)
+    if not rows or not all(isinstance(r, dict) for r in rows): raise BadFileError(f"{path} is no log of a run")
+    return rows[0], rows[1:]
 
 # %% ../nbs/base/04_pretrain.ipynb #f87117e0
 def _checkpoint(
@@ -532,6 +535,7 @@ def main(
             log = pretrain(out, settings, shape(tok), out / "data", show=not a.quiet)
         best = min(r["valid_loss"] for r in log)
         print(f"validation loss {best:.3f} (perplexity {math.exp(best):.2f}), best weights in {a.out / 'model.safetensors'}")
+        if not log[-1]["epoch"]: print("the steps ended in the first round through the stories: some may never have been seen")
         return log
 
 # %% ../nbs/base/04_pretrain.ipynb #1332beb1
