@@ -257,3 +257,38 @@ def test_story_batches_seed_and_drop_start(prepared):
     assert 0.2 < (starts == 0).float().mean() < 0.8
     starts = torch.cat([x[:, 0] for x, _ in story_batches(stories, 2048, 512, 0, drop_start=1.0)])
     assert not (starts == 0).any()
+
+
+# ---- nothing is left out without a word ----
+
+def test_a_story_that_stands_there_twice_is_on_one_side():
+    stories = [f"{i % 50}" for i in range(100)]
+    train, valid = data._hold_out(stories, None, 0)
+    assert len(set(valid)) == 5 and sorted(train + valid) == sorted(stories) and not set(train) & set(valid)
+
+
+@pytest.mark.parametrize("text, valid", [("a b", "b"), ("word " * 100, "word " * 10), ("One line.\n" * 20, "One line.\n" * 2), ("ab", None), ("a" * 1000, None)])
+def test_one_long_text_gives_its_last_tenth(text, valid):
+    if valid is None:
+        with pytest.raises(ValueError, match="too short"): data._hold_out([text], None, 0)
+    else:
+        train, held = data._hold_out([text.strip()], None, 0)
+        assert held[0].split() == valid.split() and (train + held)[0].split() + held[0].split() == text.split()
+
+
+def test_what_is_not_read_is_said(tmp_path):
+    for name in ("a.txt", "b.md", "c.TXT", ".d"): (tmp_path / name).write_text("A dog.")
+    with pytest.warns(UserWarning, match=r"so not b.md, c.TXT"): assert read_stories(tmp_path) == ["A dog."]
+    (tmp_path / "a.jsonl").write_text('{"a": 1}')
+    with pytest.warns(UserWarning, match="plain text"): read_stories(tmp_path / "a.jsonl")
+    with pytest.warns(UserWarning, match="n_valid is not used"): prepare(n_valid=5, data_dir=tmp_path / "out")
+
+
+def test_prepare_that_is_refused_changes_nothing(tmp_path):
+    prepare(data_dir=tmp_path); before = contents(tmp_path)
+    def check(tok, new):
+        assert len(tok) == 300 and len(load_ids("train", new)) == len(bundled_stories("train"))
+        raise ValueError("no")
+    with pytest.raises(ValueError, match="^no$"): prepare(vocab_size=300, data_dir=tmp_path, check=check)
+    with pytest.raises(ValueError, match="16 bits"): prepare(vocab_size=70_000, data_dir=tmp_path)
+    assert contents(tmp_path) == before

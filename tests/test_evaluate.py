@@ -27,7 +27,7 @@ def tiny(tmp_path_factory):
     for seed in (0, 1):
         torch.manual_seed(0)
         model = GPT(GPTConfig(d_model=32, n_heads=2, n_layers=2, d_mlp=48)).eval()
-        if not seed: save_checkpoint(model, folder/"base.safetensors")
+        if not seed: save_checkpoint(model, folder/"base.safetensors", tokenizer=load_base()[1].digest())
         add_lora_to_model(model, 2)
         with torch.no_grad(): [m.B.normal_(std=0.5, generator=torch.Generator().manual_seed(seed)) for m in lora_modules(model).values()]
         save_adapter(model, folder/f"adapter{seed}")
@@ -163,6 +163,10 @@ def test_words_asked_for():
     v = told_values(told, ["dog", "cat", "bee"], copy_corpus(["the dog"]))
     assert v["asked"][0].tolist() == [1, 1, 0] and v["elsewhere"][0].tolist() == [0.5, 0, 0] and v["copied"][0].tolist() == [2, 2, 0]
 
+@pytest.mark.parametrize("told, things", [([], []), ([Sample("", "a dog", True)], ["dog"]), ([Sample("", "a dog", True)] * 2, ["dog"])])
+def test_too_few_stories_told_have_no_score(told, things):
+    with pytest.raises(ValueError, match="two at least"): told_values(told, things, "")
+
 def test_stories_are_those_of_generate(base):
     told = sample_stories(*base, ["Tell me a story."], seed=3, max_new_tokens=30)
     assert told[0].text == generate(*base, "[INST] Tell me a story.[/INST]", 30, temperature=0.8, seed=3).strip() and not told[0].stopped
@@ -230,6 +234,40 @@ def test_bad_input_is_one_line(how, says, capsys, tmp_path):
     with pytest.raises(SystemExit) as e: main([*how, "--out", str(tmp_path/"x.html")])
     err = capsys.readouterr().err
     assert e.value.code == 2 and says in err and err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+def small_comparison(*a): return compare([small("base", 0), small("b", 1, shift=5)])
+
+def test_the_page_is_probed_before_the_work(tmp_path, monkeypatch, capsys):
+    "Field case 29."
+    monkeypatch.setattr(ev, "compare_adapters", lambda *a: pytest.fail("worked before it asked"))
+    with pytest.raises(SystemExit) as e: main(["--out", str(tmp_path)])
+    assert e.value.code == 2 and "is a folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+def test_the_table_is_printed_before_the_page_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ev, "compare_adapters", small_comparison)
+    def full(*a): raise OSError("no space left")
+    monkeypatch.setattr(ev, "write_html", full)
+    with pytest.raises(SystemExit): main(["--out", str(tmp_path/"x.html")])
+    said = capsys.readouterr()
+    assert METRICS["own"].title in said.out and "no space left" in said.err
+
+def test_what_is_left_out_is_said(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ev, "compare_adapters", small_comparison)
+    (tmp_path/"plain.txt").write_text("<|endoftext|>".join(f"Story {i}." for i in range(50)))
+    main(["--plain", str(tmp_path/"plain.txt"), "--out", str(tmp_path/"x.html")])
+    assert "the first 40 of 50 stories" in capsys.readouterr().out
+    a, b = small("a", 0), small("b", 1); b.values["plain"] = b.values["own"]
+    with pytest.warns(UserWarning, match="not compared: plain"): compare([a, b])
+    monkeypatch.setattr(ev, "generate", lambda *a, **k: ["A cat.", " ", ""])
+    with pytest.warns(UserWarning, match="2 of 3 stories"): assert own_stories(None, None, 3) == ["A cat."]
+
+def test_adapters_of_one_name_are_told_apart(tiny, tmp_path, monkeypatch):
+    for i in (0, 1): shutil.copytree(tiny/f"adapter{i}", tmp_path/f"run{i}"/"instruct")
+    seen = []
+    monkeypatch.setattr(ev, "evaluate", lambda model, tok, name, **how: seen.append(name))
+    monkeypatch.setattr(ev, "own_stories", lambda *a: []); monkeypatch.setattr(ev, "compare", lambda reports: reports)
+    compare_adapters(tiny/"base.safetensors", [tmp_path/"run0"/"instruct", tmp_path/"run1"/"instruct", tiny/"adapter0"])
+    assert seen == ["base", str(tmp_path/"run0"/"instruct"), str(tmp_path/"run1"/"instruct"), "adapter0"]
 
 # Training
 
@@ -395,6 +433,19 @@ def test_a_wrong_key_is_raised(key):
     with endpoint((401, '{"error": {"message": "wrong key"}}')) as (url, seen):
         with pytest.raises(key.AuthenticationError): OpenAIJudge("m", url)("", "a", "b")
         assert len(seen) == 1
+
+def test_a_key_that_the_endpoint_repeats_is_not_shown(key):
+    with endpoint((401, '{"error": {"message": "wrong key k-123"}}')) as (url, _):
+        with pytest.raises(key.AuthenticationError) as e: OpenAIJudge("m", url)("", "a", "b")
+    assert "[key]" in str(e.value) and "k-123" not in str(e.value)
+
+def test_only_what_it_says_is_sent(key):
+    with endpoint(said('{"winner": "A"}')) as (url, seen): OpenAIJudge("m", url)("Tell.", "one", "two")
+    (_, _, body), = seen
+    assert body == dict(model="m", temperature=0, messages=[dict(role="user", content=ev.JUDGE_PROMPT.format(request="Tell.", first="one", second="two"))])
+
+@pytest.mark.parametrize("reply", ['{"winner": "A", "winner": "B"}', '{"winner": ' + "[" * 50_000 + "]" * 50_000 + "}", '{"winner": ' + "1" * 5000 + "}"])
+def test_strange_json_is_no_verdict(reply): assert read_verdict(reply) is None
 
 def test_no_key_and_no_package(key, monkeypatch):
     import sys

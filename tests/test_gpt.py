@@ -1,9 +1,11 @@
 "The GPT against its oracle, `transformers`' Llama, and its files."
-import dataclasses
+import dataclasses, os
 import pytest, torch
 from torch.testing import assert_close
+from tiny_llm.adapter import merge_lora
 from tiny_llm.files import BadFileError
 from tiny_llm.gpt import GPT, GPTConfig, fingerprint, load_checkpoint, new_cache, save_checkpoint
+from tiny_llm.lora import add_lora_to_model
 
 SMALL = GPTConfig(vocab_size=97, max_seq_len=64, d_model=32, n_heads=4, n_layers=2, d_mlp=48)
 
@@ -112,3 +114,43 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(gpt, "save_file", half)
     with pytest.raises(OSError): save_checkpoint(GPT(SMALL), tmp_path/"m.safetensors")
     assert (tmp_path/"m.safetensors").read_bytes() == old and len(list(tmp_path.iterdir())) == 1
+
+# What is saved can be loaded
+
+def untied(model): model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 1); return model
+def other_shape(model): model.config.n_layers = 3; return model
+def inner(model): model.blocks[0] = torch.compile(model.blocks[0]); return model
+
+@pytest.mark.parametrize("spoil, says", [(lambda m: add_lora_to_model(m, r=2), "save_adapter, or merge_lora first"), (lambda m: torch.nn.Linear(2, 2), "Linear is no GPT"),
+    (untied, "ties"), (other_shape, "could not be loaded again: missing"), (inner, "could not be loaded again: missing")], ids=["adapters", "no GPT", "untied", "shape", "a compiled part"])
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, spoil, says):
+    "Field case 14, and its kind."
+    with pytest.raises(ValueError, match=says): save_checkpoint(spoil(GPT(dataclasses.replace(SMALL))), tmp_path/"m.safetensors")
+    for path, how in (("m.pt", {}), ("m.safetensors", dict(dtype=torch.int8))):
+        with pytest.raises(ValueError, match="safetensors|floating"): save_checkpoint(GPT(SMALL), tmp_path/path, **how)
+    assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel, lambda m: merge_lora(add_lora_to_model(m, r=2))], ids=["compiled", "parallel", "merged"])
+def test_a_wrapped_model_is_saved_as_itself(tmp_path, wrap):
+    model = GPT(SMALL)
+    save_checkpoint(wrap(model), tmp_path/"m.safetensors", gpt_config="not this")
+    assert fingerprint(load_checkpoint(tmp_path/"m.safetensors")) == fingerprint(model)
+
+def test_more_blocks_than_tensors_are_not_built(tmp_path):
+    from safetensors.torch import save_file
+    save_file({"a": torch.zeros(1)}, tmp_path/"m.safetensors", metadata={"gpt_config": '{"n_layers": 1048576}'})
+    with pytest.raises(BadFileError, match="cannot fill 1048576 blocks"): load_checkpoint(tmp_path/"m.safetensors")
+
+def test_everybody_may_read_what_the_umask_allows_and_who_may_not_is_told(tmp_path):
+    "Field case 19."
+    old = os.umask(0o022)
+    try: save_checkpoint(GPT(SMALL), tmp_path/"m.safetensors")
+    finally: os.umask(old)
+    assert (tmp_path/"m.safetensors").stat().st_mode & 0o777 == 0o644
+    if os.geteuid(): (tmp_path/"m.safetensors").chmod(0)
+    else: # root may read everything: be somebody else
+        (tmp_path/"m.safetensors").chmod(0o600); [p.chmod(0o755) for p in (tmp_path, tmp_path.parent, tmp_path.parent.parent)]; os.seteuid(65534)
+    try:
+        with pytest.raises(PermissionError): load_checkpoint(tmp_path/"m.safetensors")
+    finally:
+        if not os.getuid(): os.seteuid(0)

@@ -49,6 +49,11 @@ def test_calibration_removes_what_every_story_gets():
     scores = torch.randn(9, 12, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(calibrated(scores + torch.arange(12.)), calibrated(scores), atol=1e-5, rtol=0)
 
+def test_an_empty_set_has_no_score():
+    model, tok = load_base(device="cpu")
+    for f, *x in ((moral_scores, model, tok, []), (calibrated, torch.zeros(1, 12)), (bootstrap, torch.zeros(0, 3))):
+        with pytest.raises(ValueError, match="no stories|1 stories|no marks"): f(*x)
+
 def test_scores_are_log_probabilities_of_exclusive_answers():
     model, tok = load_base(device="cpu")
     scores = moral_scores(model, tok, bundled_stories("valid")[:2])
@@ -71,7 +76,7 @@ def test_the_command_names_three_morals(capsys):
     rows = [line.split("%  ") for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 3 and all(moral in MORALS and 0 <= float(share) <= 100 for share, moral in rows)
 
-@pytest.mark.parametrize("argv", [[""], ["A dog.", "--adapter", "nowhere"]])
+@pytest.mark.parametrize("argv", [[""], ["A dog.", "--adapter", "nowhere"], ["--seeds", "0"], ["--out", "."]])
 def test_the_command_refuses_in_one_line(argv, capsys):
     with pytest.raises(SystemExit) as e: main(argv)
     assert e.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1

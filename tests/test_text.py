@@ -17,11 +17,11 @@ ODD = {"ZWJ": "\U0001F469\u200d\U0001F469\u200d\U0001F467", "flags": "\U0001F1E9
 def tok(): return BPETokenizer.load(ASSETS/"tokenizer.json")
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny(tmp_path_factory, tok):
     "A small untrained base on disk."
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("base")/"tiny.safetensors"
-    save_checkpoint(GPT(GPTConfig(max_seq_len=128, d_model=16, n_heads=2, n_layers=1, d_mlp=16)), path)
+    save_checkpoint(GPT(GPTConfig(max_seq_len=128, d_model=16, n_heads=2, n_layers=1, d_mlp=16)), path, tokenizer=tok.digest())
     return path
 
 @pytest.fixture

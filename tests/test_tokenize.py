@@ -107,3 +107,12 @@ def test_broken_file(tmp_path, data):
 
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError): BPETokenizer.load(tmp_path / "none.json")
+
+
+def test_the_digest_is_that_of_what_a_tokenizer_does(tok, tmp_path):
+    texts = [r["story"] for r in bundled_stories("train")]
+    one, other = BPETokenizer.train(texts, 400), BPETokenizer.train(texts[::2], 400)
+    one.save(tmp_path / "t.json")
+    (tmp_path / "u.json").write_text(json.dumps(json.loads((tmp_path / "t.json").read_text()), indent=4))  # written in another way
+    assert {BPETokenizer.load(tmp_path / f).digest() for f in ("t.json", "u.json")} == {one.digest()}
+    assert len({one.digest(), other.digest(), tok.digest()}) == 3

@@ -7,7 +7,7 @@ __all__ = ['ASSETS', 'DATA_DIR', 'TINYSTORIES', 'TINYSTORIES_SHA256', 'bundled_s
            'get_batch', 'load_ids', 'story_batches']
 
 # %% ../nbs/base/03_corpus.ipynb #d4c06467
-import hashlib, json, os, random
+import hashlib, json, os, random, warnings
 from http.client import HTTPException
 from importlib.resources import files
 from pathlib import Path
@@ -17,8 +17,8 @@ from urllib.request import Request, urlopen
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from .files import BadFileError, atomic_path
-from .tokenize import EOT, BPETokenizer
+from .files import BadFileError, _home, atomic_folder, atomic_path, committed, owned
+from .bpe import EOT, BPETokenizer
 
 # %% ../nbs/base/03_corpus.ipynb #aeceebcc
 ASSETS = Path(str(files("tiny_llm"))) / "assets"
@@ -45,17 +45,20 @@ def _iter_stories(
                 first, *others = line.split(EOT)
                 story.append(first)
                 for part in others: yield "".join(story).strip(); story = [part]
-    except UnicodeDecodeError as e: raise BadFileError(f"{path} is not UTF-8 text: {e}") from None
+    except UnicodeDecodeError as e: raise BadFileError(f"{path} is not UTF-8 text (a packed file, a table, another coding?): {e}") from None
     yield "".join(story).strip()
 
 # %% ../nbs/base/03_corpus.ipynb #70cfe716
 def read_stories(
     path,  # a text file, or a folder of *.txt
 ) -> list:  # strings, stripped, none of them empty
-    "Stories of a file or folder. Raises FileNotFoundError, and BadFileError if there is no story"
-    path = Path(path)
+    "Stories of a file or folder; warns of files that are not read. Raises OSError, and BadFileError if there is no story"
+    path = _home(path)
     paths = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if not paths: raise BadFileError(f"{path} holds no *.txt file")
+    others = [p.name for p in path.iterdir() if p not in paths and p.name[0] != "."] if path.is_dir() else []
+    if others: warnings.warn(f"{path}: only *.txt is read, so not {', '.join(sorted(others)[:3])}{f' and {len(others) - 3} more' if len(others) > 3 else ''}", stacklevel=2)
+    if path.suffix in (".json", ".jsonl", ".csv"): warnings.warn(f"{path} is read as plain text, with its brackets and quotes", stacklevel=2)
     stories = [s for p in paths for s in _iter_stories(p) if s]
     if not stories: raise BadFileError(f"{path} holds no story")
     return stories
@@ -109,7 +112,7 @@ def download(
     sha256: str = None,  # 64 hex digits; None: record the one computed in `<path>.sha256`
 ) -> Path:
     "Fetch a file, resuming where a cut left off. Raises ConnectionError, and BadFileError on a wrong checksum"
-    path, part, note = Path(path), Path(f"{path}.part"), Path(f"{path}.sha256")
+    path = _home(path); part, note = Path(f"{path}.part"), Path(f"{path}.sha256")
     known = sha256 or (note.read_text().strip() if note.exists() else None)
     if path.exists() and known in (None, _sha256(path)): return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,31 +134,41 @@ TINYSTORIES_SHA256 = {
 # %% ../nbs/base/03_corpus.ipynb #dc4de2fe
 def _hold_out(
     stories: list,
-    n_valid: int,  # stories to hold out
+    n_valid: int,  # stories to hold out; None: a tenth, 200 at most
     seed: int,
 ) -> tuple:  # (train, valid), both in the order of `stories`
     "Draw `n_valid` of the stories. Raises ValueError if that leaves none to train on, or none to hold out"
-    if not 0 < n_valid < len(stories):
-        raise ValueError(f"n_valid={n_valid} is not between 1 and {len(stories) - 1}: there are {len(stories)} stories")
-    order = list(range(len(stories)))
+    order = list(dict.fromkeys(stories))  # each once: what stands there twice is on one side
+    if n_valid is None and len(order) == 1: return _last_tenth(order[0])
+    if n_valid is None: n_valid = max(1, min(200, len(order) // 10))
+    if not 0 < n_valid < len(order):
+        raise ValueError(f"n_valid={n_valid} is not between 1 and {len(order) - 1}: there are {len(order)} stories")
     random.Random(seed).shuffle(order)
     held = set(order[:n_valid])
-    return [s for i, s in enumerate(stories) if i not in held], [stories[i] for i in sorted(held)]
+    return [s for s in stories if s not in held], [s for s in stories if s in held]
+
+def _last_tenth(text):
+    "(train, valid) of one long text, cut between words, at a line's end if there is one near."
+    end = len(text) * 9 // 10
+    cut = max(text.rfind("\n", end // 2, end + 1), 0) or text.rfind(" ", 0, end + 1)
+    if cut < 1: raise ValueError(f"one story of {len(text)} characters is too short to hold out a part of it")
+    return [text[:cut].strip()], [text[cut:].strip()]
 
 # %% ../nbs/base/03_corpus.ipynb #acbb1805
 def _splits(
     source,        # "bundled", "tinystories", or the path of a text file or folder
-    n_valid: int,  # stories to hold out, where the source has no split of its own
+    n_valid: int,  # stories to hold out, where the source has no split of its own; None: see `prepare`
     seed: int,
     data_dir: Path,
 ) -> tuple:  # (train, valid): lists of stories
     "Stories of a source. Raises ValueError for an unknown source"
     if source == "bundled":
+        if n_valid is not None: warnings.warn("n_valid is not used: the bundled stories have a split of their own", stacklevel=3)
         return tuple([r["story"] for r in bundled_stories(s)] for s in ("train", "valid"))
     if source == "tinystories":
         train, valid = (read_stories(download(TINYSTORIES + n, data_dir / n, h)) for n, h in TINYSTORIES_SHA256.items())
-        return train, _hold_out(valid, n_valid, seed)[1]
-    if not Path(source).exists():
+        return train, _hold_out(valid, 200 if n_valid is None else n_valid, seed)[1]
+    if not _home(source).exists():
         raise ValueError(f"unknown source {str(source)!r}: choose 'bundled', 'tinystories', "
                          "or the path of a text file or folder that exists")
     return _hold_out(read_stories(source), n_valid, seed)
@@ -177,16 +190,22 @@ def _write_ids(
 def prepare(
     source="bundled",        # "bundled", "tinystories", or the path of a text file or folder
     vocab_size: int = None,  # None: the shipped tokenizer; a number: train a new one on the training stories
-    n_valid: int = 200,      # stories to hold out, where the source has no split of its own
+    n_valid: int = None,     # stories to hold out, where the source has no split of its own; None: a tenth, 200 at most
     seed: int = 0,           # of that draw
     data_dir=None,           # None: `DATA_DIR`
+    check=None,              # called with the tokenizer and the folder of the new files before these replace older ones; may raise
 ) -> BPETokenizer:
-    "Write train.bin, valid.bin and tokenizer.json. Raises ValueError, BadFileError, ConnectionError"
-    data_dir = Path(data_dir or DATA_DIR)
-    train, valid = _splits(source, n_valid, seed, data_dir)
-    tok = BPETokenizer.load(ASSETS / "tokenizer.json") if vocab_size is None else BPETokenizer.train(train, vocab_size)
-    tok.save(data_dir / "tokenizer.json")
-    for name, stories in (("train", train), ("valid", valid)): _write_ids(tok, stories, data_dir / f"{name}.bin")
+    "Write train.bin, valid.bin and tokenizer.json, all or none. Raises ValueError, BadFileError, ConnectionError, OSError"
+    data_dir = _home(data_dir or DATA_DIR)
+    if (vocab_size or 0) > 2**16: raise ValueError(f"vocab_size={vocab_size}: ids of 16 bits allow {2**16:,} at most")
+    with owned(data_dir, wait=30):
+        train, valid = _splits(source, n_valid, seed, data_dir)
+        tok = BPETokenizer.load(ASSETS / "tokenizer.json") if vocab_size is None else BPETokenizer.train(train, vocab_size)
+        if len(tok) < (vocab_size or 0): warnings.warn(f"the text has words for {len(tok):,} tokens, not for {vocab_size:,}", stacklevel=2)
+        with atomic_folder(data_dir) as new:
+            tok.save(new / "tokenizer.json")
+            for name, stories in (("train", train), ("valid", valid)): _write_ids(tok, stories, new / f"{name}.bin")
+            if check: check(tok, new)
     return tok
 
 # %% ../nbs/base/03_corpus.ipynb #d7590fa4
@@ -195,7 +214,7 @@ def _read_ids(
     data_dir=None,
 ) -> np.ndarray:  # (N,) uint16, read from disk as needed
     "The long row of a split. Raises FileNotFoundError, BadFileError"
-    path = Path(data_dir or DATA_DIR) / f"{split}.bin"
+    path = committed(_home(data_dir or DATA_DIR), f"{split}.bin")
     if not path.exists(): raise FileNotFoundError(f"{path} does not exist: prepare() writes train.bin and valid.bin")
     size = path.stat().st_size
     ids = np.memmap(path, np.uint16, "r") if size and size % 2 == 0 else np.zeros(0)

@@ -11,7 +11,7 @@ __all__ = ['OWN', 'THINGS', 'METRICS', 'STEPS', 'LOOKS', 'RECIPES', 'SEEDS', 'PL
            'write_html', 'compare_adapters', 'main', 'Sample', 'sample_stories', 'words', 'ngrams', 'mentions']
 
 # %% ../nbs/further/09_evaluate.ipynb #e90cce75
-import argparse, base64, html, io, json, math, re
+import argparse, base64, html, io, json, math, re, warnings
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np, torch, torch.nn.functional as F
 from scipy import stats
 from .adapter import load_with_lora
 from .data import ASSETS, bundled_stories, read_stories
-from .files import atomic_path, log_runs, read_jsonl
+from .files import _command, _home, atomic_path, log_runs, probe, read_json, read_jsonl
 from .finetune import _main_job, endless, train_model, with_new_adapters
 from .generate import generate, load_base
 from .glance import Sample, mentions, ngrams, sample_stories, wilson, words
@@ -42,12 +42,13 @@ def story_nats(
     encoded, was_training = encode_examples(texts, tok, model.config.max_seq_len, mask_prompt), model.training
     if len(encoded) < len(texts): raise ValueError("a text has nothing to score: its prompt fills the context")
     nats, order = np.zeros(len(texts)), np.argsort([len(ids) for ids, _ in encoded])
-    for rows in np.split(order, range(batch_size, len(order), batch_size)):
-        x, y = (t.to(next(model.parameters()).device) for t in collate([encoded[i] for i in rows], tok.pad)) # (B, T)
-        logits = model.eval()(x).float().flatten(0, 1)                                                      # (B*T, V)
-        loss = F.cross_entropy(logits, y.flatten(), ignore_index=IGNORE, reduction="none")
-        nats[rows] = loss.view(y.shape).double().sum(1).cpu()
-    model.train(was_training)
+    try:
+        for rows in np.split(order, range(batch_size, len(order), batch_size)):
+            x, y = (t.to(next(model.parameters()).device) for t in collate([encoded[i] for i in rows], tok.pad)) # (B, T)
+            logits = model.eval()(x).float().flatten(0, 1)                                                      # (B*T, V)
+            loss = F.cross_entropy(logits, y.flatten(), ignore_index=IGNORE, reduction="none")
+            nats[rows] = loss.view(y.shape).double().sum(1).cpu()
+    finally: model.train(was_training)
     kept = [[t for t in labels[1:] if t != IGNORE] for _, labels in encoded]
     size = lambda ids: len(tok.decode([t for t in ids if t != tok.eot]).encode())
     return nats, np.array([len(k) for k in kept]), np.array([size(k) for k in kept])
@@ -104,6 +105,7 @@ def own_stories(
 ) -> list: # stories
     "Stories in the model's own distribution: temperature 1, nothing left out, from the start token on."
     told = generate(model, tok, [""] * n, max_new_tokens=250, temperature=1, seed=seed)
+    if empty := sum(not t.strip() for t in told): warnings.warn(f"{empty} of {n} stories ended before their first word and are left out", stacklevel=2)
     return [t.strip() for t in told if t.strip()]
 
 # %% ../nbs/further/09_evaluate.ipynb #01d9af92
@@ -200,7 +202,8 @@ def told_values(
     things: list, # what each was asked to be about
     corpus: str, # from `copy_corpus`
 ) -> dict: # metric -> (values, weights)
-    "What can be counted in stories without understanding them."
+    "What can be counted in stories without understanding them. Raises `ValueError` for fewer than two."
+    if not 1 < len(told) == len(things): raise ValueError(f"{len(told)} stories about {len(things)} things: two at least, one for each")
     texts = [s.text for s in told]
     has = np.array([[mentions(t, thing) for thing in things] for t in texts], float) # (P, P)
     others = has.T * (1 - np.eye(len(things)))
@@ -219,7 +222,7 @@ class Report:
     def to_json(self): return json.dumps(asdict(self))
     @classmethod
     def from_json(cls, text: str):
-        d = json.loads(text)
+        d = read_json(text)
         return cls(d["name"], {k: tuple(v) for k, v in d["values"].items()}, [Sample(**s) for s in d["told"]])
     def __repr__(self): return repr(compare([self]))
     def _repr_html_(self): return compare([self])._repr_html_()
@@ -278,6 +281,7 @@ def compare(
     first, *rest = reports
     names = [k for k in first.values if all(k in r.values for r in rest)]
     if not names: raise ValueError("these reports have no metric in common")
+    if alone := sorted({k for r in reports for k in r.values} - set(names)): warnings.warn(f"not in every report, so not compared: {', '.join(alone)}", stacklevel=2)
     gains = {k: [_paired(first.values[k], r.values[k], METRICS[k]) for r in rest] for k in names}
     flat = [g for row in gains.values() for g in row]
     for g, p in zip(flat, stats.false_discovery_control([g.p for g in flat]) if flat else []): g.p = float(p)
@@ -479,13 +483,16 @@ def read_verdict(
 ): # 1 for A, -1 for B, 0 for a tie, None if it is no verdict
     "The verdict in a reply, which may have words around the JSON."
     found = re.findall(r"\{[^{}]*\}", text or "")
-    try: winner = json.loads(found[0])["winner"] if len(found) == 1 else None
+    try: winner = read_json(found[0])["winner"] if len(found) == 1 else None
     except (ValueError, KeyError): return None
     return {"a": 1, "b": -1, "tie": 0}.get(winner.strip().lower()) if isinstance(winner, str) else None
 
 # %% ../nbs/further/09_evaluate.ipynb #973d9b44
 class OpenAIJudge:
-    "A judge behind any endpoint with OpenAI's interface. The key comes from the variable OPENAI_API_KEY."
+    """A judge behind any endpoint with OpenAI's interface. The key comes from the variable OPENAI_API_KEY.
+
+    What is sent: the model's name, temperature 0, and `JUDGE_PROMPT` with one request and two stories. The client adds headers: the key, organisation
+    and project if OPENAI_ORG_ID and OPENAI_PROJECT_ID are set, its own version, and the names of Python and of the operating system."""
     def __init__(self,
         model: str, # its name at the endpoint
         base_url: str=None, # of the endpoint; None: the variable OPENAI_BASE_URL, or OpenAI's own
@@ -504,6 +511,9 @@ class OpenAIJudge:
             reply = self.client.chat.completions.create(model=self.model, temperature=0, messages=[dict(role="user", content=ask)])
             verdict, why = read_verdict(text := reply.choices[0].message.content), "no verdict in the reply"
         except passing as e: verdict, why = None, type(e).__name__
+        except self.api.APIStatusError as e: # an endpoint may repeat the key
+            e.args = tuple(str(a).replace(self.client.api_key, "[key]") for a in e.args)
+            raise
         except (AttributeError, IndexError, TypeError, ValueError): verdict, why = None, "malformed reply"
         if verdict is None: self.failures.append(why)
         return verdict
@@ -538,7 +548,8 @@ def compare_adapters(
 ) -> Comparison: # the base first
     "Evaluate a base and adapters made for it."
     model, tok = load_base(base)
-    models = [(Path(f).name or str(f), lambda f=f: load_with_lora(base, f)) for f in folders]
+    names = [Path(f).name for f in folders]
+    models = [(name if name and names.count(name) == 1 else str(f), lambda f=f: load_with_lora(base, f)) for name, f in zip(names, folders)]
     for _, load in models: load() # a bad folder should say so before anything long begins
     own = own_stories(model, tok) if base else None
     how = dict(own=own, plain=plain, seed=seed)
@@ -550,23 +561,26 @@ def main(
 ): # the `Comparison`; the lines of the log with --sweep. Exits with code 2 and one line on bad input
     "Compare adapters with their base."
     p = argparse.ArgumentParser(prog="python -m tiny_llm.evaluate", description="Compare adapters with their base.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--adapter", type=Path, nargs="+", default=[], metavar="DIR", help="adapters to compare")
-    p.add_argument("--base", type=Path, help="a checkpoint; None: the shipped base")
-    p.add_argument("--plain", type=Path, help="a file of plain stories, to see what was forgotten")
-    p.add_argument("--out", type=Path, default=Path("evaluation.html"), help="the page to write")
+    p.add_argument("--adapter", type=_home, nargs="+", default=[], metavar="DIR", help="adapters to compare")
+    p.add_argument("--base", type=_home, help="a checkpoint; None: the shipped base")
+    p.add_argument("--plain", type=_home, help="a file of plain stories, to see what was forgotten")
+    p.add_argument("--out", type=_home, default=Path("evaluation.html"), help="the page to write")
     p.add_argument("--seed", type=int, default=0, help="of the stories told")
-    p.add_argument("--sweep", type=Path, metavar="LOG", help="instead: train with several methods, rates and seeds, and write or go on with this log")
-    p.add_argument("--seeds", type=Path, metavar="LOG", help="instead: follow the recipes of the chapter's table with three seeds, and write or go on with this log")
+    p.add_argument("--sweep", type=_home, metavar="LOG", help="instead: train with several methods, rates and seeds, and write or go on with this log")
+    p.add_argument("--seeds", type=_home, metavar="LOG", help="instead: follow the recipes of the chapter's table with three seeds, and write or go on with this log")
     args = p.parse_args(argv)
-    try:
-        plain = read_stories(args.plain)[:PLAIN] if args.plain else None
+    with _command(p):
+        plain = read_stories(args.plain) if args.plain else []
+        if len(plain) > PLAIN: print(f"{args.plain}: the first {PLAIN} of {len(plain):,} stories are used")
+        plain = plain[:PLAIN] or None
         if args.seeds: return log_runs(args.seeds, SEEDS, _seed_run)
         if args.sweep: return log_runs(args.sweep, SWEEP, partial(_forgetting_run, plain=plain))
+        probe(args.out)
         c = compare_adapters(args.base, args.adapter, plain, args.seed)
+        print(c) # before anything can go wrong with the page
         write_html(c, args.out)
-    except (ValueError, OSError) as e: p.exit(2, f"{p.prog}: error: {str(e).splitlines()[0]}\n")
-    print(f"{c}\n\npage: {args.out}")
-    return c
+        print(f"\npage: {args.out}")
+        return c
 
 # %% ../nbs/further/09_evaluate.ipynb #7566fdbd
 #| eval: false

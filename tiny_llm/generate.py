@@ -6,11 +6,13 @@
 __all__ = ['BASE', 'load_base', 'filter_logits', 'sample', 'pad_prompts', 'generate_ids', 'generate_rows', 'generate']
 
 # %% ../nbs/base/05_generate.ipynb #f59f2bba
+import math, warnings
 from pathlib import Path
 import torch
 from .data import ASSETS
-from .gpt import GPT, load_checkpoint, new_cache
-from .tokenize import BPETokenizer
+from .files import BadFileError, _home
+from .gpt import GPT, _header, load_checkpoint, new_cache
+from .bpe import BPETokenizer
 from .train import default_device
 
 # %% ../nbs/base/05_generate.ipynb #63d982f2
@@ -21,13 +23,16 @@ def load_base(
     path=None, # a checkpoint; `tokenizer.json` is looked for beside it. None: the shipped model
     device=None, # where to put the model; None: a GPU if there is one
 ) -> tuple: # (GPT in eval mode, BPETokenizer)
-    "The base model and its tokenizer. Raises `FileNotFoundError` or `BadFileError`."
-    path = BASE if path is None else path
-    beside = Path(path).parent/"tokenizer.json"
-    tok = BPETokenizer.load(beside if beside.exists() else ASSETS/"tokenizer.json")
-    model = load_checkpoint(path).to(device or default_device())
-    if model.config.vocab_size < len(tok):
-        raise ValueError(f"{path} has {model.config.vocab_size} token rows, its tokenizer {len(tok)} tokens")
+    "The base model and its tokenizer; warns where it can only guess that. Raises `OSError`, or `BadFileError`, also for a model and a tokenizer that do not belong together."
+    path = BASE if path is None else _home(path)
+    beside, shipped = path.parent/"tokenizer.json", ASSETS/"tokenizer.json"
+    where = beside if beside.exists() else shipped
+    tok, model = BPETokenizer.load(where), load_checkpoint(path).to(device or default_device())
+    rows, right = model.config.vocab_size, _header(path, "tokenizer")
+    if right not in (None, tok.digest()): raise BadFileError(f"{path} was trained with another tokenizer than {where}; put its own tokenizer.json beside it")
+    if rows < len(tok): raise BadFileError(f"{path} has {rows} token rows, its tokenizer {len(tok)} tokens")
+    if right is None and where != beside:
+        warnings.warn(f"no tokenizer.json beside {path}: the shipped one is used ({len(tok)} tokens, the model has {rows} rows), and the text is nonsense if the model learned another", stacklevel=2)
     return model, tok
 
 # %% ../nbs/base/05_generate.ipynb #1e7a5d92
@@ -36,7 +41,9 @@ def filter_logits(
     top_k: int=None, # keep the k best of each row; None: all
     top_p: float=None, # keep the fewest that together reach this probability; None: all
 ) -> torch.Tensor: # (B, V), -inf where dropped
-    "Drop unlikely tokens: top-k, then top-p (arXiv 1904.09751, section 3.1)."
+    "Drop unlikely tokens: top-k, then top-p (arXiv 1904.09751, section 3.1). Raises `ValueError` where one is out of range."
+    if top_k is not None and not top_k >= 1: raise ValueError(f"top_k={top_k}: keep at least 1 token, or None for all")
+    if top_p is not None and not 0 < top_p <= 1: raise ValueError(f"top_p={top_p} is not above 0 and at most 1")
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -54,7 +61,8 @@ def sample(
     top_p: float=None, # see `filter_logits`
     generator=None, # a `torch.Generator` on the CPU; None: the global one
 ) -> torch.Tensor: # (B,) long
-    "One token for each row of logits."
+    "One token for each row of logits. Raises `ValueError` where a setting is out of range."
+    if temperature and not 1e-4 <= temperature < math.inf: raise ValueError(f"temperature={temperature}: choose 0 for the most likely token, or at least 0.0001")
     if temperature == 0: return logits.argmax(-1)
     probs = filter_logits(logits.float() / temperature, top_k, top_p).softmax(-1)
     return torch.multinomial(probs.cpu(), 1, generator=generator)[:, 0].to(logits.device)
@@ -83,17 +91,17 @@ def generate_ids(
     use_cache: bool=True, # False: recompute everything at every token, for comparison
     **how, # `temperature`, `top_k`, `top_p`, `generator` of `sample`
 ) -> torch.Tensor: # new tokens, (B, at most max_new_tokens) long
-    "Sample until every row has ended; a row that has ended repeats `eot`."
+    "Sample until every row has ended, by itself or at the context limit; one that has ended repeats `eot`. Raises `ValueError`."
     cache, new, done = new_cache(model) if use_cache else None, [], torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    padded = not mask.all()                                          # without padding the model needs no mask
+    padded, room = not mask.all(), model.config.max_seq_len - mask.sum(1)   # without padding the model needs no mask; (B,)
     last = mask.long().cumsum(-1).argmax(-1)                         # (B,) place of each prompt's last real token
     logits = model(ids, mask if padded else None, cache)[torch.arange(len(ids)), last]   # (B, V)
-    for _ in range(min(max_new_tokens, model.config.max_seq_len - ids.shape[1])):
+    for n in range(1, min(max_new_tokens, int(room.max())) + 1):
         token = sample(logits, **how).masked_fill(done, eot)
         new.append(token)
-        done = done | (token == eot)
-        if done.all() or ids.shape[1] + 1 > model.config.max_seq_len: break
-        ids, mask = torch.cat([ids, token[:, None]], 1), torch.cat([mask, mask.new_ones(len(ids), 1)], 1)
+        done = done | (token == eot) | (room <= n)
+        if done.all(): break
+        ids, mask = torch.cat([ids, token[:, None]], 1), torch.cat([mask, ~done[:, None] if padded else mask.new_ones(len(ids), 1)], 1)
         logits = model(token[:, None] if use_cache else ids, mask if padded else None, cache)[:, -1]
     return torch.stack(new, 1) if new else ids[:, :0]
 
@@ -114,14 +122,15 @@ def generate_rows(
     use_cache: bool=True, # keep keys and values; does not change the rows
     **how, # `temperature`, `top_k`, `top_p` of `sample`
 ) -> list: # B lists of new ids; one that ended by itself has `tok.eot` in it, at least once
-    "Continue prompts, as tokens. Raises `ValueError` where a prompt fills the context."
+    "Continue prompts, as tokens. Raises `ValueError` where a prompt fills the context, or a setting is out of range."
+    if max_new_tokens < 0: raise ValueError(f"max_new_tokens={max_new_tokens} is below 0")
     if not prompts: return []
-    device, was_training = next(model.parameters()).device, model.training
-    ids, mask = (t.to(device) for t in pad_prompts(_prompt_ids(model, tok, prompts), tok.pad, padding_side))
+    device, was_training, rows = next(model.parameters()).device, model.training, _prompt_ids(model, tok, prompts)
+    ids, mask = (t.to(device) for t in pad_prompts(rows, tok.pad, padding_side))
     how["generator"] = None if seed is None else torch.Generator().manual_seed(seed)
-    new = generate_ids(model.eval(), ids, mask, tok.eot, max_new_tokens, use_cache, **how).tolist()
-    model.train(was_training)
-    return new
+    try: new = generate_ids(model.eval(), ids, mask, tok.eot, max_new_tokens, use_cache, **how).tolist()
+    finally: model.train(was_training)
+    return [row[:model.config.max_seq_len - len(ids)] for row, ids in zip(new, rows)] # what ended at the limit did not end by itself
 
 # %% ../nbs/base/05_generate.ipynb #6e80d526
 def _until(row, eot): return row[:row.index(eot)] if eot in row else row
@@ -138,7 +147,7 @@ def generate(
     padding_side: str="left", # where shorter prompts are filled up; does not change the text
     use_cache: bool=True, # keep keys and values; does not change the text
 ): # the continuation without the prompt, a `str` or a list of them
-    "Continue a prompt, or several at once. Raises `ValueError` where a prompt fills the context."
+    "Continue a prompt, or several at once. Raises `ValueError` where a prompt fills the context, or a setting is out of range."
     if isinstance(prompt, str): return generate(model, tok, [prompt], max_new_tokens, temperature, top_k, top_p, seed, padding_side, use_cache)[0]
     how = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     return [tok.decode(_until(row, tok.eot)) for row in generate_rows(model, tok, prompt, max_new_tokens, seed, padding_side, use_cache, **how)]

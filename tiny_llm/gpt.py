@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GPTConfig', 'rope_tables', 'apply_rope', 'KVCache', 'new_cache', 'Attention', 'MLP', 'Block', 'positions_and_mask',
-           'GPT', 'write_tensors', 'save_checkpoint', 'read_checkpoint', 'check_tensors', 'load_checkpoint', 'digest',
+           'GPT', 'check_tensors', 'write_tensors', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'digest',
            'fingerprint']
 
 # %% ../nbs/base/01_gpt.ipynb #382a9d3a
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch, torch.nn as nn, torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from .files import BadFileError, atomic_path
+from .files import BadFileError, _home, atomic_path, read_json
 
 # %% ../nbs/base/01_gpt.ipynb #ac1b4835
 def _check_field(name, kind, value):
@@ -177,7 +177,8 @@ class GPT(nn.Module):
     ) -> torch.Tensor: # logits, (B, T, V)
         "Logits of the next token at every position. Raises `ValueError` beyond `max_seq_len`."
         past, T = len(cache[0]) if cache else 0, ids.shape[1]
-        if (n := past + T) > self.config.max_seq_len: raise ValueError(f"{n} tokens are more than max_seq_len={self.config.max_seq_len}")
+        if (n := past + T) > (most := self.config.max_seq_len) and (mask is None or mask.sum(-1).max() > most): # padding does not count
+            raise ValueError(f"{n} tokens are more than max_seq_len={most}")
         where, x = _rotary_and_mask(self, T, past, mask), self.tok_emb(ids)                     # x (B, T, C)
         for i, block in enumerate(self.blocks): x = block(x, *where, cache[i] if cache else None)
         return self.lm_head(self.norm_f(x))                                                     # (B, T, C) x (C, V) -> (B, T, V)
@@ -192,56 +193,6 @@ def _checkpoint_tensors(
     if model.config.tie_weights: del state["lm_head.weight"]
     return state
 
-# %% ../nbs/base/01_gpt.ipynb #330583c1
-def write_tensors(
-    path, # the file; `atomic_path` and `atomic_folder` make it appear whole or not at all
-    tensors: dict, # name -> tensor
-    **header: str, # text for the header
-):
-    "Write a `.safetensors` file. Raises `OSError` where the disk is full or the file cannot be written."
-    try: save_file(tensors, path, metadata=header)
-    except SafetensorError as e: raise OSError(f"{path} could not be written: {e}") from e
-
-def save_checkpoint(
-    model: GPT, # the model to store
-    path, # the `.safetensors` file, replaced atomically
-    dtype: torch.dtype=None, # type on disk; None keeps each tensor's own
-    **info: str, # more text for the header, e.g. how the model was made
-):
-    "Write `model` and its configuration to one `.safetensors` file."
-    header = {"format": "pt", "gpt_config": json.dumps(asdict(model.config)), **info}
-    with atomic_path(path) as tmp: write_tensors(tmp, _checkpoint_tensors(model, dtype), **header)
-
-# %% ../nbs/base/01_gpt.ipynb #c6aa743b
-def _read_safetensors(path):
-    with safe_open(path, "pt") as f:
-        config = (f.metadata() or {}).get("gpt_config")
-        if config is None: raise BadFileError(f"{path}: no 'gpt_config' in the header; was it written by save_checkpoint?")
-        return json.loads(config), {k: f.get_tensor(k) for k in f.keys()}
-
-def _read_pt(path):
-    with torch.serialization.safe_globals([GPTConfig]): d = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(d, dict) or not {"model", "gpt_config"} <= d.keys():
-        raise BadFileError(f"{path}: expected a dict with 'model' and 'gpt_config'")
-    c = d["gpt_config"]
-    return (asdict(c) if isinstance(c, GPTConfig) else c), d["model"]
-
-# %% ../nbs/base/01_gpt.ipynb #6f6a52c2
-def read_checkpoint(
-    path, # a `.safetensors` or `.pt` file
-) -> tuple: # (GPTConfig, state dict)
-    "Configuration and tensors of a checkpoint. Raises `FileNotFoundError`, or `BadFileError` for a damaged or foreign file."
-    path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        config, state = (_read_pt if path.suffix in (".pt", ".pth") else _read_safetensors)(path)
-        odd = [k for k, v in state.items() if not isinstance(v, torch.Tensor) or v.layout != torch.strided or v.is_meta or not v.is_floating_point()]
-        if odd: raise ValueError(f"{str(odd[:3])[:100]} are no plain tensors of floating-point numbers")
-        return GPTConfig(**config), state
-    except BadFileError: raise
-    except Exception as e: # a broken pickle makes `torch.load` raise nearly anything
-        raise BadFileError(f"{path} is not a readable checkpoint: {(str(e) or type(e).__name__).splitlines()[0]}") from e
-
 # %% ../nbs/base/01_gpt.ipynb #7a3bd9d8
 def check_tensors(
     state: dict, # tensors that were read, name -> tensor
@@ -255,13 +206,88 @@ def check_tensors(
         if v.shape != state[k].shape:
             raise BadFileError(f"{where}: {k} has shape {tuple(state[k].shape)}, expected {tuple(v.shape)}")
 
+# %% ../nbs/base/01_gpt.ipynb #330583c1
+def write_tensors(
+    path, # the file; `atomic_path` and `atomic_folder` make it appear whole or not at all
+    tensors: dict, # name -> tensor
+    **header: str, # text for the header
+):
+    "Write a `.safetensors` file. Raises `OSError` where the disk is full or the file cannot be written."
+    try: save_file(tensors, path, metadata=header)
+    except SafetensorError as e: raise OSError(f"{path} could not be written: {e}") from e
+
+def _storable(model):
+    "The `GPT`, without `torch.compile` or a parallel wrapper around it. Raises `ValueError` if it could not be loaded again."
+    while not isinstance(model, GPT):
+        inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+        if inner is None: raise ValueError(f"a {type(model).__name__} is no GPT, and a checkpoint holds nothing else")
+        model = inner
+    with torch.device("meta"): expected = GPT(model.config).state_dict()
+    state = model.state_dict()
+    if any(".base." in k for k in state): raise ValueError("this model has adapters: save them with save_adapter, or merge_lora first")
+    try: check_tensors(state, expected, "this model could not be loaded again")
+    except BadFileError as e: raise ValueError(str(e)) from None
+    if model.config.tie_weights and not torch.equal(state["lm_head.weight"], state["tok_emb.weight"]):
+        raise ValueError("the configuration ties lm_head to tok_emb, but their weights differ")
+    return model
+
+def save_checkpoint(
+    model: GPT, # the model to store, perhaps compiled
+    path, # the `.safetensors` file, replaced atomically
+    dtype: torch.dtype=None, # type on disk; None keeps each tensor's own
+    **info: str, # more text for the header, e.g. how the model was made; `tokenizer`: the digest of its tokenizer
+):
+    "Write `model` and its configuration to one `.safetensors` file. Raises `ValueError` for what `load_checkpoint` would refuse, e.g. adapters; `OSError`."
+    if str(path).endswith((".pt", ".pth")): raise ValueError(f"{path}: a checkpoint is written as .safetensors")
+    tensors = _checkpoint_tensors(model := _storable(model), dtype)
+    if odd := [k for k, v in tensors.items() if not v.is_floating_point()]: raise ValueError(f"{odd[:3]} are not floating-point numbers")
+    header = {**info, "format": "pt", "gpt_config": json.dumps(asdict(model.config))}
+    with atomic_path(path) as tmp: write_tensors(tmp, tensors, **header)
+
+# %% ../nbs/base/01_gpt.ipynb #c6aa743b
+def _read_safetensors(path):
+    with safe_open(path, "pt") as f:
+        config = (f.metadata() or {}).get("gpt_config")
+        if config is None: raise BadFileError(f"{path}: no 'gpt_config' in the header; was it written by save_checkpoint?")
+        return read_json(config), {k: f.get_tensor(k) for k in f.keys()}
+
+def _header(path, key):
+    "A text in a checkpoint's header, or None."
+    if Path(path).suffix in (".pt", ".pth"): return None
+    with safe_open(_home(path), "pt") as f: return (f.metadata() or {}).get(key)
+
+def _read_pt(path):
+    with torch.serialization.safe_globals([GPTConfig]): d = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(d, dict) or not {"model", "gpt_config"} <= d.keys():
+        raise BadFileError(f"{path}: expected a dict with 'model' and 'gpt_config'")
+    c = d["gpt_config"]
+    return (asdict(c) if isinstance(c, GPTConfig) else c), d["model"]
+
+# %% ../nbs/base/01_gpt.ipynb #6f6a52c2
+def read_checkpoint(
+    path, # a `.safetensors` or `.pt` file
+) -> tuple: # (GPTConfig, state dict)
+    "Configuration and tensors of a checkpoint. Raises `FileNotFoundError`, `PermissionError`, or `BadFileError` for a damaged or foreign file."
+    path = _home(path)
+    if not path.is_file(): raise FileNotFoundError(f"no checkpoint at {path}")
+    with open(path, "rb"): pass # safetensors calls a file missing that one may not read
+    try:
+        config, state = (_read_pt if path.suffix in (".pt", ".pth") else _read_safetensors)(path)
+        odd = [k for k, v in state.items() if not isinstance(v, torch.Tensor) or v.layout != torch.strided or v.is_meta or not v.is_floating_point()]
+        if odd: raise ValueError(f"{str(odd[:3])[:100]} are no plain tensors of floating-point numbers")
+        return GPTConfig(**config), state
+    except BadFileError: raise
+    except Exception as e: # a broken pickle makes `torch.load` raise nearly anything
+        raise BadFileError(f"{path} is not a readable checkpoint: {(str(e) or type(e).__name__).splitlines()[0]}") from e
+
 # %% ../nbs/base/01_gpt.ipynb #c46df407
 def load_checkpoint(
     path, # a `.safetensors` or `.pt` file
     dtype: torch.dtype=torch.float32, # type of the loaded weights
 ) -> GPT: # on the CPU, in eval mode
-    "Read a model. Raises `FileNotFoundError`, or `BadFileError` for a damaged, foreign or mismatched file."
+    "Read a model. Raises `FileNotFoundError`, `PermissionError`, or `BadFileError` for a damaged, foreign or mismatched file."
     config, state = read_checkpoint(path)
+    if config.n_layers > len(state): raise BadFileError(f"{path}: {len(state)} tensors cannot fill {config.n_layers} blocks")
     with torch.device("meta"): model = GPT(config)
     if config.tie_weights: state = {"lm_head.weight": state.get("tok_emb.weight", torch.empty(0)), **state}
     check_tensors(state, model.state_dict(), str(path))

@@ -14,7 +14,7 @@ import torch, torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from .adapter import load_with_lora
 from .data import ASSETS, bundled_stories
-from .files import log_runs
+from .files import _command, _home, log_runs
 from .finetune import finetune
 from .generate import generate, load_base
 from .glance import wilson
@@ -101,7 +101,8 @@ def moral_scores(
     records: list, # with "story"
     question_first: bool=True, # as in training
 ) -> torch.Tensor: # (N, M) log-probabilities of whole morals, nats
-    "How likely each of `MORALS` is as the answer."
+    "How likely each of `MORALS` is as the answer. Raises `ValueError` without stories."
+    if not records: raise ValueError("no stories to score")
     device, scores = next(model.parameters()).device, []
     answers = [torch.tensor(tok.encode(" " + m) + [tok.eot]) for m in MORALS]
     labels = pad_sequence(answers, batch_first=True, padding_value=IGNORE)       # (M, L)
@@ -116,7 +117,8 @@ def moral_scores(
 def calibrated(
     scores: torch.Tensor, # (N, M) log-probabilities
 ) -> torch.Tensor: # (N, M) how much likelier than after the average story
-    "Take away what a moral scores after every story."
+    "Take away what a moral scores after every story. Raises `ValueError` for fewer than two, where nothing is left."
+    if len(scores) < 2: raise ValueError(f"{len(scores)} stories: what a moral scores after every story needs two at least")
     return scores - scores.mean(0)
 
 # %% ../nbs/further/05_moral.ipynb #7a1e0006
@@ -150,14 +152,15 @@ def _moral_run(
     "Train with one setting and seed, and mark the answers."
     records, how = bundled_stories("test") if records is None else records, dict(VARIANTS[name])
     run = train_moral(moral_pairs(how.pop("n", 50), seed), seed, **how)
-    return dict(loss=sum(run.losses[-5:]) / 5, **_marks(run.model, run.tok, records, how.get("question_first", True)))
+    return dict(loss=sum(last := run.losses[-5:]) / len(last), **_marks(run.model, run.tok, records, how.get("question_first", True)))
 
 # %% ../nbs/further/05_moral.ipynb #b6d11e9e
 def bootstrap(
     marks: torch.Tensor, # (S, N) numbers, a row for each seed, a column for each story
     draws: int=1000, # how often to draw again
 ) -> tuple: # (mean, low, high), the last two the 95 % interval
-    "Mean and interval over seeds and stories, both drawn with replacement."
+    "Mean and interval over seeds and stories, both drawn with replacement. Raises `ValueError` if there are none."
+    if not marks.numel(): raise ValueError("no marks to average")
     rng = torch.Generator().manual_seed(0)
     rows, columns = (torch.randint(size, (draws, size), generator=rng) for size in marks.shape)
     means = marks.float()[rows[:, :, None], columns[:, None, :]].mean((1, 2))           # (draws, S, N) -> (draws,)
@@ -186,15 +189,15 @@ def main(
     p = argparse.ArgumentParser(prog="python -m tiny_llm.moral", description="The three likeliest morals of a story; without a story, measure the moral task with several settings and seeds.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("story", nargs="?", help="a story of your own")
-    p.add_argument("--adapter", type=Path, default=ADAPTER, help="folder of the adapter that answers")
-    p.add_argument("--out", type=Path, default=Path("moral_log.jsonl"), help="log to write or to go on with")
+    p.add_argument("--adapter", type=_home, default=ADAPTER, help="folder of the adapter that answers")
+    p.add_argument("--out", type=_home, default=Path("moral_log.jsonl"), help="log to write or to go on with")
     p.add_argument("--seeds", type=int, default=5, help="how many seeds")
     p.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help="settings to measure")
     args = p.parse_args(argv)
-    if args.story is None: return log_runs(args.out, [dict(name=name, seed=seed) for seed in range(args.seeds) for name in args.only], _moral_run)
-    try: guesses = likeliest_morals(load_with_lora(None, args.adapter), load_base()[1], args.story)
-    except (ValueError, OSError) as e: p.exit(2, f"{p.prog}: error: {str(e).splitlines()[0]}\n")
-    for moral, prob in guesses: print(f"{prob:5.1%}  {moral}")
+    with _command(p):
+        if args.seeds < 1: raise ValueError(f"--seeds {args.seeds}: at least 1")
+        if args.story is None: return log_runs(args.out, [dict(name=name, seed=seed) for seed in range(args.seeds) for name in args.only], _moral_run)
+        for moral, prob in likeliest_morals(load_with_lora(None, args.adapter), load_base()[1], args.story): print(f"{prob:5.1%}  {moral}")
 
 # %% ../nbs/further/05_moral.ipynb #f251c01d
 #| eval: false

@@ -12,11 +12,12 @@ __all__ = ['OPTIMIZERS', 'HELP', 'default_device', 'has_bf16', 'autocast', 'para
 # %% ../nbs/base/04_pretrain.ipynb #14cecb8e
 import argparse, contextlib, hashlib, io, math, time
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from tqdm.auto import tqdm
-from .files import BadFileError, atomic_path, read_jsonl, write_jsonl
-from .tokenize import BPETokenizer
+from .files import BadFileError, _command, _home, atomic_path, committed, owned, read_jsonl, write_jsonl
+from .bpe import BPETokenizer
 from .gpt import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from .data import ASSETS, DATA_DIR, bundled_stories, load_ids, prepare, story_batches
 
@@ -104,7 +105,7 @@ class PretrainConfig:
     lr: float = 3e-3              # highest learning rate
     weight_decay: float = 0.15    # of 2-D weights
     tokens_per_step: int = 6144   # room in a batch, padding included
-    seq_len: int = 512            # longer stories are cut here, tokens
+    seq_len: int = 512            # longer stories are read in pieces of so many tokens
     warmup: int = 60              # steps of linear rise
     hold: float = 0.4             # part of the steps after which the rate falls
     clip: float = 1.0             # highest gradient norm
@@ -118,6 +119,8 @@ class PretrainConfig:
         for name in ("steps", "tokens_per_step", "seq_len", "eval_every"):
             if getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.hold < 1: raise ValueError(f"hold must be in [0, 1), not {self.hold}")
+        right = dict(lr=0 < self.lr < math.inf, clip=self.clip > 0, warmup=self.warmup >= 0, drop_start=0 <= self.drop_start <= 1, seed=self.seed >= 0)
+        if wrong := [f"{k}={getattr(self, k)}" for k, ok in right.items() if not ok]: raise ValueError(f"{', '.join(wrong)} cannot be used")
 
 # %% ../nbs/base/04_pretrain.ipynb #c45cfa1b
 def lr_at(
@@ -151,18 +154,21 @@ def train_step(
     clip: float = 1.0,  # highest gradient norm
     loss_of=None,       # callable (x, y) -> mean loss; None: the model's logits, in `autocast`
 ) -> float:             # mean loss before the step, nats per token
-    "Forward, backward, clip, step. Raises FloatingPointError if loss or gradient is not finite."
-    if loss_of: loss = loss_of(x, y)
-    else:
-        with autocast(x.device): loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-100)
-    loss.backward()
-    params = [p for o in opts for g in o.param_groups for p in g["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(params, clip)
-    if not torch.isfinite(loss + norm): raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
-    for o in opts:
-        for g in o.param_groups: g["lr"] = lr
-        o.step(); o.zero_grad()
-    return loss.item()
+    "Forward, backward, clip, step. Raises FloatingPointError if loss or gradient is not finite; also then no gradient is left behind."
+    try:
+        if loss_of: loss = loss_of(x, y)
+        else:
+            with autocast(x.device): loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-100)
+        loss.backward()
+        params = [p for o in opts for g in o.param_groups for p in g["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(params, clip)
+        if not torch.isfinite(loss + norm): raise FloatingPointError(f"loss {loss.item()}, gradient norm {norm.item()}")
+        for o in opts:
+            for g in o.param_groups: g["lr"] = lr
+            o.step()
+        return loss.item()
+    finally:
+        for o in opts: o.zero_grad()
 
 # %% ../nbs/base/04_pretrain.ipynb #ba69b2c3
 @torch.no_grad()
@@ -173,11 +179,12 @@ def total_nats(
     "Sum of the next-token losses over `batches`, in float32, without dropout."
     device, training, nats, n = next(model.parameters()).device, model.training, 0.0, 0
     model.eval()
-    for x, y in batches:
-        logits = model(x.to(device)).flatten(0, 1).float()               # (B*T, V)
-        nats += F.cross_entropy(logits, y.to(device).flatten(), ignore_index=-100, reduction="sum").item()
-        n += (y != -100).sum().item()
-    model.train(training)
+    try:
+        for x, y in batches:
+            logits = model(x.to(device)).flatten(0, 1).float()               # (B*T, V)
+            nats += F.cross_entropy(logits, y.to(device).flatten(), ignore_index=-100, reduction="sum").item()
+            n += (y != -100).sum().item()
+    finally: model.train(training)
     return nats, n
 
 # %% ../nbs/base/04_pretrain.ipynb #29469da9
@@ -187,9 +194,10 @@ def story_loss(
     tokens_per_batch: int = 6144,  # room in a batch
     seq_len: int = 512,            # longer stories are cut here, tokens
 ) -> float:                        # mean nats per token
-    "Loss over whole stories, from the token after the first to the closing EOT."
-    nats, n = total_nats(model, story_batches(stories, tokens_per_batch, seq_len, 0))
-    return nats / max(n, 1)
+    "Loss over whole stories, from the token after the first to the closing EOT. Raises ValueError if there is no token to score."
+    nats, n = total_nats(model, story_batches(stories, tokens_per_batch, seq_len, 0)) if len(stories) else (0.0, 0)
+    if not n: raise ValueError("no token to score: there are no stories")
+    return nats / n
 
 # %% ../nbs/base/04_pretrain.ipynb #255d221c
 def batch_stream(
@@ -311,9 +319,10 @@ def write_log(
 def read_log(
     path: Path,  # a file of `write_log`
 ) -> tuple:      # (header: dict, log: list of dicts)
-    "Read a log written by `write_log`."
-    header, *log = read_jsonl(path)
-    return header, log
+    "Read a log written by `write_log`. Raises `OSError`, `BadFileError`."
+    rows = read_jsonl(path)
+    if not rows or not all(isinstance(r, dict) for r in rows): raise BadFileError(f"{path} is no log of a run")
+    return rows[0], rows[1:]
 
 # %% ../nbs/base/04_pretrain.ipynb #f87117e0
 def _checkpoint(
@@ -324,6 +333,7 @@ def _checkpoint(
     s: PretrainConfig,   # the settings
     run: dict,           # from `describe_run`
     valid: list,         # held-out stories, id arrays
+    note: dict,          # for the header of the weights: the tokenizer's digest, if it is known
 ) -> float:              # validation loss, nats per token
     "Validate, keep the best weights, write log and state."
     loss, p = story_loss(model, valid, s.tokens_per_step, s.seq_len), progress
@@ -331,7 +341,7 @@ def _checkpoint(
                       train_loss=p.train_loss, valid_loss=loss, seconds=round(p.seconds, 1)))
     if loss < p.best:
         p.best = loss
-        save_checkpoint(model, out / "model.safetensors", step=str(p.step), valid_loss=f"{loss:.4f}")
+        save_checkpoint(model, out / "model.safetensors", step=str(p.step), valid_loss=f"{loss:.4f}", **note)
     write_log(out / "log.jsonl", run, p.log)
     save_state(out / "state.pt", model, opts, p, run)
     return loss
@@ -345,9 +355,18 @@ def load_prepared(
     try: train, valid = load_ids("train", data_dir), load_ids("valid", data_dir)
     except FileNotFoundError as e:
         raise FileNotFoundError(f"no prepared data in {data_dir or DATA_DIR}: call tiny_llm.data.prepare() first") from e
-    top = max(int(ids.max()) for ids in train)
+    top = max(int(ids.max()) for ids in train + valid)
     if top >= vocab_size: raise ValueError(f"token id {top} in the data, but the model's vocab_size is {vocab_size}")
     return train, valid
+
+def _pieces(stories, size):
+    "The stories, long ones in equal pieces of `size` tokens at most; the last id of a piece is the first of the next."
+    out = []
+    for s in stories:
+        steps = len(s) - 1
+        n = max(1, -(-steps // size))
+        out += [s[steps * i // n:steps * (i + 1) // n + 1] for i in range(n)]
+    return out
 
 # %% ../nbs/base/04_pretrain.ipynb #c6877bff
 def compiled(
@@ -381,6 +400,25 @@ def _train_until(
             bar.update(); bar.set_postfix(loss=f"{p.train_loss:.3f}", tok_s=f"{(y != -100).sum().item() / seconds:,.0f}", refresh=False)
             if p.step % s.eval_every == 0 or p.step == s.steps: on_eval()
 
+# %% ../nbs/base/04_pretrain.ipynb #49e86287
+def _plan(s, config, data_dir):
+    "(training stories, held-out stories, description of the run), before anything is written."
+    train, valid = (_pieces(stories, s.seq_len) for stories in load_prepared(data_dir, config.vocab_size))
+    return train, valid, describe_run(s, config, train)
+
+def _tokenizer_note(data_dir):
+    path = committed(_home(data_dir or DATA_DIR), "tokenizer.json")
+    return dict(tokenizer=BPETokenizer.load(path).digest()) if path.exists() else {}
+
+def _check_folder(out, run):
+    "Raise ValueError where `out` holds what the run would replace: another run, or a model that no run made."
+    state, log, model = (out / name for name in ("state.pt", "log.jsonl", "model.safetensors"))
+    if not any(p.exists() for p in (state, log, model)): return
+    found = read_state(state)["run"] if state.exists() else read_log(log)[0] if log.exists() else {}
+    other = [k for k in run if found.get(k) != run[k]]
+    what = f"another run (different {', '.join(other)})" if found else "a model that was not trained there"
+    if other: raise ValueError(f"{out} belongs to {what}; choose another folder, or delete its model, log and state")
+
 # %% ../nbs/base/04_pretrain.ipynb #536c799a
 def pretrain(
     out: str|Path,                      # folder for model.safetensors, state.pt, log.jsonl
@@ -391,19 +429,21 @@ def pretrain(
     device: torch.device|str = None,    # None: `default_device()`
     show: bool = True,                  # a live progress bar
 ) -> list:                              # the log: one dict per validation
-    "Train from scratch, or go on where `out` was left."
-    out, s, config = Path(out), settings or PretrainConfig(), config or GPTConfig(dropout=0.05)
+    "Train from scratch, or go on where `out` was left. Raises ValueError, FileExistsError where another process trains there, FloatingPointError."
+    out, s, config = _home(out), settings or PretrainConfig(), config or GPTConfig(dropout=0.05)
     if s.seq_len > config.max_seq_len: raise ValueError(f"seq_len {s.seq_len} is above the model's max_seq_len {config.max_seq_len}")
-    train, valid = load_prepared(data_dir, config.vocab_size)
-    run, device = describe_run(s, config, train), torch.device(device or default_device())
-    torch.manual_seed(s.seed)
-    model = GPT(config).to(device)
-    opts = make_optimizers(model, s)
-    p = load_state(out / "state.pt", model, opts, run) if (out / "state.pt").exists() else Progress()
-    net = compiled(model) if s.compile else model
-    on_eval = lambda: _checkpoint(out, model, opts, p, s, run, valid)
-    stream = batch_stream(train, s, p.epoch, p.index)
-    _train_until(min(stop_at or s.steps, s.steps), net, opts, stream, p, s, device, on_eval, show)
+    with owned(out):
+        train, valid, run = _plan(s, config, data_dir)
+        _check_folder(out, run)
+        device, note = torch.device(device or default_device()), _tokenizer_note(data_dir)
+        torch.manual_seed(s.seed)
+        model = GPT(config).to(device)
+        opts = make_optimizers(model, s)
+        p = load_state(out / "state.pt", model, opts, run) if (out / "state.pt").exists() else Progress()
+        net = compiled(model) if s.compile else model
+        on_eval = lambda: _checkpoint(out, model, opts, p, s, run, valid, note)
+        stream = batch_stream(train, s, p.epoch, p.index)
+        _train_until(min(stop_at or s.steps, s.steps), net, opts, stream, p, s, device, on_eval, show)
     return p.log
 
 # %% ../nbs/base/04_pretrain.ipynb #ae2a1224
@@ -450,7 +490,7 @@ def perplexity(
 
 # %% ../nbs/base/04_pretrain.ipynb #8a99f54d
 HELP = dict(steps="optimizer steps", optimizer="adamw, or muon for the blocks' matrices", lr="highest learning rate",
-    weight_decay="of 2-D weights", tokens_per_step="room in a batch, tokens", seq_len="stories are cut here, tokens",
+    weight_decay="of 2-D weights", tokens_per_step="room in a batch, tokens", seq_len="longer stories are read in pieces of so many tokens",
     warmup="steps of linear rise", hold="part of the steps after which the rate falls", clip="highest gradient norm",
     eval_every="steps between validations", drop_start="part of the stories shown without leading EOT", seed="of everything random")
 
@@ -462,6 +502,7 @@ def make_parser() -> argparse.ArgumentParser:  # of the command `python -m tiny_
     ap.add_argument("--source", default="bundled", help="what `tiny_llm.data.prepare` takes: bundled, tinystories, or a file or folder of text")
     ap.add_argument("--out", type=Path, default=Path("pretrained"), help="folder for model, state, log and tokenizer")
     ap.add_argument("--vocab-size", type=int, help="train a new tokenizer of this size (default: the shipped one)")
+    ap.add_argument("--n-valid", type=int, help="stories of your own text to hold out (default: a tenth, 200 at most)")
     for name, value in dict(d_model=256, n_layers=6, n_heads=8, dropout=0.05).items():
         ap.add_argument("--" + name.replace("_", "-"), type=type(value), default=value, help="shape of the model" if name != "dropout" else "while training")
     for name, text in HELP.items():
@@ -472,22 +513,30 @@ def make_parser() -> argparse.ArgumentParser:  # of the command `python -m tiny_
     return ap
 
 # %% ../nbs/base/04_pretrain.ipynb #20fd2cfb
+def _left(out):
+    "What a run that was stopped has left behind."
+    if not (out / "state.pt").exists(): return "nothing was saved, for no validation had come yet"
+    return f"the same command goes on from step {read_state(out / 'state.pt')['progress']['step']}, the last validation"
+
 def main(
     argv: list = None,  # arguments; None: those of the command line
 ) -> list:              # the log
-    "Prepare the data, pretrain, say where the result is."
+    "Prepare the data, pretrain, say where the result is. Exits with code 2 and one line on bad input, 130 after Ctrl-C."
     ap = make_parser(); a = ap.parse_args(argv)
-    try:
+    out = _home(a.out)
+    with _command(ap, partial(_left, out)):
         settings = PretrainConfig(**{f.name: getattr(a, f.name) for f in fields(PretrainConfig)})
-        tok = prepare(a.source, vocab_size=a.vocab_size, data_dir=a.out / "data")
-        tok.save(a.out / "tokenizer.json")
-        config = GPTConfig(vocab_size=len(tok), max_seq_len=max(512, a.seq_len), d_model=a.d_model, n_heads=a.n_heads,
-                           n_layers=a.n_layers, d_mlp=-(-8 * a.d_model // 48) * 16, dropout=a.dropout)
-        log = pretrain(a.out, settings, config, a.out / "data", show=not a.quiet)
-    except (ValueError, FileNotFoundError, FloatingPointError) as e: ap.exit(2, f"error: {e}\n")
-    best = min(r["valid_loss"] for r in log)
-    print(f"validation loss {best:.3f} (perplexity {math.exp(best):.2f}), best weights in {a.out / 'model.safetensors'}")
-    return log
+        shape = lambda tok: GPTConfig(vocab_size=len(tok), max_seq_len=max(512, a.seq_len), d_model=a.d_model, n_heads=a.n_heads,
+                                      n_layers=a.n_layers, d_mlp=-(-8 * a.d_model // 48) * 16, dropout=a.dropout)
+        with owned(out):
+            tok = prepare(a.source, vocab_size=a.vocab_size, n_valid=a.n_valid, data_dir=out / "data",
+                          check=lambda tok, new: _check_folder(out, _plan(settings, shape(tok), new)[2]))
+            tok.save(out / "tokenizer.json")
+            log = pretrain(out, settings, shape(tok), out / "data", show=not a.quiet)
+        best = min(r["valid_loss"] for r in log)
+        print(f"validation loss {best:.3f} (perplexity {math.exp(best):.2f}), best weights in {a.out / 'model.safetensors'}")
+        if not log[-1]["epoch"]: print("the steps ended in the first round through the stories: some may never have been seen")
+        return log
 
 # %% ../nbs/base/04_pretrain.ipynb #1332beb1
 #| eval: false

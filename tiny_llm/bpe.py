@@ -6,10 +6,10 @@
 __all__ = ['EOT', 'PAD', 'BPETokenizer']
 
 # %% ../nbs/base/02_tokenize.ipynb #e09b3bc7
-import json, re
+import hashlib, json, re
 from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from .files import BadFileError, atomic_path
+from .files import BadFileError, _home, atomic_path
 
 # %% ../nbs/base/02_tokenize.ipynb #9a948d99
 EOT, PAD = "<|endoftext|>", "<|pad|>"
@@ -50,8 +50,9 @@ def _parse(
     path: Path,  # a Hugging Face tokenizer.json
 ) -> Tokenizer:
     "Read and check a tokenizer file. Raises FileNotFoundError, BadFileError"
-    if Path(path).exists() and not Path(path).is_file(): raise BadFileError(f"{path} is no plain file, so no tokenizer.json")
-    data = Path(path).read_bytes()
+    path = _home(path)
+    if path.exists() and not path.is_file(): raise BadFileError(f"{path} is no plain file, so no tokenizer.json")
+    data = path.read_bytes()
     try: tk = Tokenizer.from_buffer(data)
     except BaseException as e:  # the library raises bare Exception, and its panics are not even that
         if isinstance(e, (KeyboardInterrupt, SystemExit)): raise
@@ -79,6 +80,11 @@ class BPETokenizer(_Codec):
     def load(cls, path) -> "BPETokenizer":
         "Read a tokenizer.json. Raises FileNotFoundError, BadFileError"
         return cls(_parse(path))
+    def digest(self) -> str:  # 64 hex digits
+        "SHA-256 over vocabulary, merges and the ids of a text: equal for tokenizers that do the same"
+        merges = [m if isinstance(m, str) else " ".join(m) for m in json.loads(self._tk.to_str())["model"]["merges"]]
+        what = [sorted(self.vocab.items()), merges, self.encode("A dog's 123 days,\n\tÉté: 小さな 🚀!  ")]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
     def save(self, path) -> None:
         "Write a tokenizer.json, whole or not at all"
         with atomic_path(path) as tmp: self._tk.save(str(tmp))
