@@ -18,7 +18,7 @@ import numpy as np, torch, torch.nn.functional as F
 from tiny_llm.data import ASSETS, load_ids, prepare
 from tiny_llm.files import write_jsonl
 from tiny_llm.gpt import GPT, apply_rope, load_checkpoint, save_checkpoint
-from tiny_llm.tokenize import BPETokenizer
+from tiny_llm.bpe import BPETokenizer
 from tiny_llm.train import PretrainConfig, make_optimizers, read_state, story_loss, write_state
 
 WIDTHS = (96, 128, 160, 192, 224, 256, 320, 416, 512)  # T of the batches

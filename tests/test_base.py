@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from tiny_llm.data import ASSETS, read_stories
 from tiny_llm.gpt import load_checkpoint
-from tiny_llm.tokenize import BPETokenizer
+from tiny_llm.bpe import BPETokenizer
 from tiny_llm.train import default_device, perplexity, read_log
 
 VALID = Path(__file__).resolve().parents[2] / "shared" / "tinystories" / "valid.txt"

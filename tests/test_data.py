@@ -12,7 +12,7 @@ import torch
 from tiny_llm import data
 from tiny_llm.data import bundled_stories, download, get_batch, load_ids, prepare, read_stories, story_batches
 from tiny_llm.files import BadFileError
-from tiny_llm.tokenize import EOT, BPETokenizer
+from tiny_llm.bpe import EOT, BPETokenizer
 
 
 # ---- stories ----

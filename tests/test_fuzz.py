@@ -15,7 +15,7 @@ from tiny_llm.finetune import FinetuneResult, load_finetune_state, save_finetune
 from tiny_llm.gpt import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from tiny_llm.instruct import read_examples
 from tiny_llm.lora import add_lora_to_model, lora_modules, lora_parameters
-from tiny_llm.tokenize import BPETokenizer
+from tiny_llm.bpe import BPETokenizer
 from tiny_llm.train import read_state
 
 CONFIG, WEIGHTS, NOTE = FILES = "adapter_config.json", "adapter_model.safetensors", "tiny_llm.json"

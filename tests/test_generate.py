@@ -5,7 +5,7 @@ from tiny_llm.data import ASSETS
 from tiny_llm.files import BadFileError
 from tiny_llm.generate import BASE, filter_logits, generate, generate_rows, load_base, sample
 from tiny_llm.gpt import GPT, GPTConfig, save_checkpoint
-from tiny_llm.tokenize import BPETokenizer
+from tiny_llm.bpe import BPETokenizer
 
 PROMPTS = ["Once upon a time", "Tom and his dog went to the park because", "The"]
 

@@ -10,7 +10,7 @@ from tiny_llm.generate import load_base
 from tiny_llm.gpt import GPT, GPTConfig, fingerprint
 from tiny_llm.hf import export_adapter, export_base, from_llama, fuse, import_adapter, import_base, llama_names, to_llama
 from tiny_llm.lora import TOLERANCE, add_lora_to_model, lora_modules
-from tiny_llm.tokenize import BPETokenizer
+from tiny_llm.bpe import BPETokenizer
 
 transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{begin}") for begin in ("`is_gradient_checkpointing`", "Model has `tie_word", "Setting `save_embedding")]

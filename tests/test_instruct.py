@@ -7,7 +7,7 @@ from tiny_llm.data import bundled_stories
 import tiny_llm.instruct as ins
 from tiny_llm.instruct import (DEEDS, IGNORE, INSTRUCTION_PROMPTS, PLAIN_PROMPTS, gaps, spoken, bucketed_batches, collate, encode_examples,
                                format_example, format_prompt, make_instruction_dataset, make_moral_dataset, read_examples)
-from tiny_llm.tokenize import EOT, BPETokenizer
+from tiny_llm.bpe import EOT, BPETokenizer
 
 @pytest.fixture(scope="module")
 def tok(): return BPETokenizer.load(ASSETS/"tokenizer.json")

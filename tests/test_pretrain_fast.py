@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, torch, torch.nn.functional as F
 from tiny_llm.data import ASSETS
 from tiny_llm.gpt import GPT, GPTConfig
-from tiny_llm.tokenize import BPETokenizer
+from tiny_llm.bpe import BPETokenizer
 
 spec = importlib.util.spec_from_file_location("pretrain_fast", Path(__file__).parents[1]/"benchmarks/pretrain.py")
 fast = importlib.util.module_from_spec(spec); spec.loader.exec_module(fast)

@@ -7,7 +7,7 @@ from tiny_llm.finetune import finetune
 from tiny_llm.generate import generate, load_base
 from tiny_llm.gpt import GPT, GPTConfig, save_checkpoint
 from tiny_llm.instruct import IGNORE, encode_examples, format_example, format_prompt, read_examples
-from tiny_llm.tokenize import EOT, PAD, BPETokenizer
+from tiny_llm.bpe import EOT, PAD, BPETokenizer
 
 ODD = {"ZWJ": "\U0001F469\u200d\U0001F469\u200d\U0001F467", "flags": "\U0001F1E9\U0001F1EA\U0001F3F3\ufe0f\u200d\U0001F308", "skin": "\U0001F44D\U0001F3FD", "right-to-left": "\u05e9\u05dc\u05d5\u05dd \u202eabc\u202c \u0645\u0631\u062d\u0628\u0627",
        "NUL": "a\0b", "carriage return": "a\rb\r\nc", "separators": "a\u2028b\u2029c\x85d\x1ce", "BOM inside": "a\ufeffb", "controls": "a" + "".join(map(chr, range(1, 32))) + "\x7fb", "noncharacters": "a\ufffe\uffff\U0010ffffb",

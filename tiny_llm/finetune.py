@@ -12,7 +12,7 @@ __all__ = ['SWEEP', 'TASKS', 'OPTIONS', 'SHOWN', 'encoded_batches', 'example_los
            'collate', 'bucketed_batches']
 
 # %% ../nbs/04_train.ipynb #06e7979b
-import argparse, hashlib, json, math, random, sys, tempfile, time, warnings
+import argparse, hashlib, json, math, random, tempfile, time, warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -533,8 +533,7 @@ def main(
     p = parser(); args = p.parse_args(argv)
     if args.targets == ["all-linear"]: args.targets = "all-linear"
     folder = _out(args)
-    with warnings.catch_warnings(), _command(p, lambda: _stopped(args, folder)):
-        warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+    with _command(p, lambda: _stopped(args, folder)):
         if args.sweep or args.tell: probe(args.sweep or args.tell)
         if args.sweep: return log_runs(args.sweep, SWEEP, _full_run)
         if args.tell: return _tell(load_with_lora(args.base, folder), args.tell)

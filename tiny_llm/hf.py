@@ -12,7 +12,7 @@ import torch, torch.nn as nn
 from safetensors import safe_open
 from .files import BadFileError, _home, atomic_folder, committed
 from .gpt import GPT, GPTConfig, check_tensors, write_tensors
-from .tokenize import EOT, PAD, BPETokenizer
+from .bpe import EOT, PAD, BPETokenizer
 from .lora import _base_state, _inside, _install, _linear_names, _prints, _ready, _refuse, _wrap, linear_shape, lora_modules
 from .adapter import (_FILES, PREFIX, _base_prints, _check_base, _filled, _fit, _leads_back, _one_error, _one_save, _open_adapter,
                               _rank_and_alpha, _read_object, _read_tensors, _target_names, _write_adapter, adapter_config)
