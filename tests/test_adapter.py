@@ -693,7 +693,7 @@ def saves(folder, seed, n):
 
 def test_two_processes_save_into_one_folder(tmp_path):
     saves(tmp_path, 1.0, 1)
-    others = [multiprocessing.get_context("fork").Process(target=saves, args=(tmp_path, float(s), 15)) for s in (1, 2)]
+    others = [multiprocessing.get_context("forkserver").Process(target=saves, args=(tmp_path, float(s), 15)) for s in (1, 2)]
     for p in others: p.start()
     while any(p.is_alive() for p in others):
         _, tensors, _ = read_adapter(tmp_path)
