@@ -79,6 +79,7 @@ def _rank_and_alpha(layers):
     own = lambda i, usual: {key(n, i): v[i] for n, v in layers.items() if v[i] != usual}
     return dict(r=r, lora_alpha=alpha, rank_pattern=own(0, r), alpha_pattern=own(1, alpha))
 
+# %% ../nbs/05_load_merge.ipynb #f00cfb30
 def _leads_back(config, layers, names):
     "Raise `ValueError` unless a reader of the configuration finds exactly these layers, {name: (r, alpha)}, among all linear layers."
     wrong = [n for n in names if bool(_fits(config["target_modules"], n)) != (n in layers)]
@@ -103,6 +104,7 @@ def _task(model):
     one = hasattr(model, "prepare_inputs_for_generation") and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     return "CAUSAL_LM" if one else None # PEFT's task for encoder-decoders does not fit all of them; without one it takes any
 
+# %% ../nbs/05_load_merge.ipynb #50a59bde
 @_inside
 def adapter_config(
     model: nn.Module, # a model with LoRA layers
@@ -150,6 +152,7 @@ def _is_base(state, model, prints):
     exact = lambda dtype: all(torch.equal(v, _cast({k: v}, dtype)[k].to(v.dtype)) for k, v in state.items())
     return any(mine[t] == prints.get(t) and exact(dtype) for t, dtype in _ROUNDED.items()) # there and back
 
+# %% ../nbs/05_load_merge.ipynb #0112b5dc
 def _write_adapter(path, config, tensors, prints):
     "Write the three files of an adapter, all or none. Raises `ValueError` if a number is not finite, `OSError` if the disk is full."
     if not all(t.isfinite().all() for t in tensors.values()): raise ValueError("A or B holds NaN or infinity: not saved")
@@ -196,6 +199,7 @@ def _is_names(value): return isinstance(value, str) or isinstance(value, list) a
 
 def _is_pattern(value, ok): return isinstance(value, dict) and len(value) <= _MANY and all(map(ok, value.values()))
 
+# %% ../nbs/05_load_merge.ipynb #93708b76
 def _checked_config(config, note):
     "The configuration with all fields, if it can be used and the note agrees. Raises `ValueError`."
     if not isinstance(config, dict): raise ValueError(f"{CONFIG} holds a {type(config).__name__}, not an object")
@@ -260,6 +264,7 @@ def _read_object(path):
     if (size := path.stat().st_size) > 10_000_000: raise ValueError(f"{path.name} has {size:,} bytes, too many for a configuration")
     return read_json(path.read_text(encoding="utf-8"))
 
+# %% ../nbs/05_load_merge.ipynb #3b5b5617
 def _checked_note(note):
     ok = isinstance(note, dict) and all(isinstance(note.get(k), str) for k in ("base_fingerprint", "weights_sha256"))
     ok = ok and isinstance(note.get("base_rounded", {}), dict) # not in notes of version 0.1
@@ -438,6 +443,7 @@ def _refuse_own_ways(layers):
         if "forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks:
             raise ValueError(f"{n} has a hook, or a forward of its own, which a merged layer might not go through in the same way; remove it to merge")
 
+# %% ../nbs/05_load_merge.ipynb #6f8b3386
 @_inside
 def merge_lora(
     model: nn.Module, # changed in place: plain linear layers again
@@ -466,6 +472,7 @@ def _follow(old, new):
     same = old.base.weight.dtype == new.weight.dtype # A and B may have another one
     return old.to(new.weight.device) if same else old.to(new.weight)
 
+# %% ../nbs/05_load_merge.ipynb #b0e89740
 @_inside
 def unmerge_lora(
     model: nn.Module, # a model that `merge_lora` changed; changed back in place

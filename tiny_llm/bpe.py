@@ -83,8 +83,7 @@ class BPETokenizer(_Codec):
     def digest(self) -> str:  # 64 hex digits
         "SHA-256 over vocabulary, merges and the ids of a text: equal for tokenizers that do the same"
         merges = [m if isinstance(m, str) else " ".join(m) for m in json.loads(self._tk.to_str())["model"]["merges"]]
-        what = [sorted(self.vocab.items()), merges, self.encode("A dog's 123 days,\n\tÉté: 小さな 🚀!  ")]
-        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([sorted(self.vocab.items()), merges, self.encode("A dog's 123 days,\n\tÉté: 小さな 🚀!  ")]).encode()).hexdigest()
     def save(self, path) -> None:
         "Write a tokenizer.json, whole or not at all"
         with atomic_path(path) as tmp: self._tk.save(str(tmp))

@@ -487,10 +487,14 @@ def read_verdict(
     except (ValueError, KeyError): return None
     return {"a": 1, "b": -1, "tie": 0}.get(winner.strip().lower()) if isinstance(winner, str) else None
 
+def _openai():
+    try: import openai
+    except ImportError: raise ImportError("this judge needs the client of the endpoint: pip install openai") from None
+    return openai
+
 # %% ../nbs/further/09_evaluate.ipynb #973d9b44
 class OpenAIJudge:
     """A judge behind any endpoint with OpenAI's interface. The key comes from the variable OPENAI_API_KEY.
-
     What is sent: the model's name, temperature 0, and `JUDGE_PROMPT` with one request and two stories. The client adds headers: the key, organisation
     and project if OPENAI_ORG_ID and OPENAI_PROJECT_ID are set, its own version, and the names of Python and of the operating system."""
     def __init__(self,
@@ -499,21 +503,17 @@ class OpenAIJudge:
         timeout: float=30, # seconds to wait for a reply
         max_retries: int=3, # after a timeout, a 429 or a server error, each time later
     ):
-        try: import openai
-        except ImportError: raise ImportError("this judge needs the client of the endpoint: pip install openai") from None
+        openai = _openai()
         self.model, self.api, self.failures = model, openai, []
         self.client = openai.OpenAI(base_url=base_url, timeout=timeout, max_retries=max_retries)
     def __call__(self, request: str, first: str, second: str):
         "1, -1, 0, or None where there was no verdict; why is in `failures`. Raises what no retry can heal, such as a wrong key."
-        ask = JUDGE_PROMPT.format(request=request, first=first, second=second)
-        passing = (self.api.APIConnectionError, self.api.RateLimitError, self.api.InternalServerError, self.api.APIResponseValidationError)
         try:
-            reply = self.client.chat.completions.create(model=self.model, temperature=0, messages=[dict(role="user", content=ask)])
+            reply = self.client.chat.completions.create(model=self.model, temperature=0, messages=[dict(role="user", content=JUDGE_PROMPT.format(request=request, first=first, second=second))])
             verdict, why = read_verdict(text := reply.choices[0].message.content), "no verdict in the reply"
-        except passing as e: verdict, why = None, type(e).__name__
+        except (self.api.APIConnectionError, self.api.RateLimitError, self.api.InternalServerError, self.api.APIResponseValidationError) as e: verdict, why = None, type(e).__name__
         except self.api.APIStatusError as e: # an endpoint may repeat the key
-            e.args = tuple(str(a).replace(self.client.api_key, "[key]") for a in e.args)
-            raise
+            e.args = tuple(str(a).replace(self.client.api_key, "[key]") for a in e.args); raise
         except (AttributeError, IndexError, TypeError, ValueError): verdict, why = None, "malformed reply"
         if verdict is None: self.failures.append(why)
         return verdict
@@ -579,8 +579,7 @@ def main(
         c = compare_adapters(args.base, args.adapter, plain, args.seed)
         print(c) # before anything can go wrong with the page
         write_html(c, args.out)
-        print(f"\npage: {args.out}")
-        return c
+        print(f"\npage: {args.out}"); return c
 
 # %% ../nbs/further/09_evaluate.ipynb #7566fdbd
 #| eval: false

@@ -41,6 +41,7 @@ def _flush_folder(path):
         try: os.fsync(fd)
         finally: os.close(fd)
 
+# %% ../nbs/base/00_files.ipynb #d9ac8e4c
 def _target(path):
     "Where a file really is: past `~` and links. Raises `OSError` for what is no plain file."
     path = Path(os.path.realpath(_home(path)))
@@ -118,10 +119,8 @@ def owned(
         time.sleep(0.01)
     try:
         _tidy(folder, _owner(lock))
-        f.truncate(0)
-        f.write(json.dumps(dict(process=os.getpid(), host=socket.gethostname(), started=time.strftime("%Y-%m-%d %H:%M:%S"), mark=_WHO)))
-        f.flush(); _MINE.add(me)
-        yield
+        f.truncate(0); f.write(json.dumps(dict(process=os.getpid(), host=socket.gethostname(), started=time.strftime("%Y-%m-%d %H:%M:%S"), mark=_WHO)))
+        f.flush(); _MINE.add(me); yield
     finally:
         _MINE.discard(me)
         with suppress(OSError): lock.unlink()
@@ -210,6 +209,7 @@ def write_jsonl(
     "Write a JSONL file."
     with atomic_path(path) as tmp: tmp.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
+# %% ../nbs/base/00_files.ipynb #b75d4eca
 def _append(path, row):
     "Add a line, whole or not at all; the lines before it are not touched."
     with open(path, "ab+", buffering=0) as f:

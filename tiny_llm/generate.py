@@ -112,6 +112,7 @@ def _prompt_ids(model, tok, prompts):
     if longest >= limit: raise ValueError(f"a prompt of {longest} tokens leaves no room: the context is {limit} tokens")
     return rows
 
+# %% ../nbs/base/05_generate.ipynb #de19c068
 def generate_rows(
     model: GPT, # the model; its mode is left as it is
     tok: BPETokenizer, # its tokenizer

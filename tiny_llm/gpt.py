@@ -167,8 +167,7 @@ class GPT(nn.Module):
         self.norm_f  = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         for name, table in zip(("cos", "sin"), rope_tables(config)): self.register_buffer(name, table, persistent=False)
-        for m in self.modules():
-            if isinstance(m, (nn.Linear, nn.Embedding)): nn.init.normal_(m.weight, std=0.02)
+        for m in (m for m in self.modules() if isinstance(m, (nn.Linear, nn.Embedding))): nn.init.normal_(m.weight, std=0.02)
         if config.tie_weights: self.lm_head.weight = self.tok_emb.weight
     def forward(self,
         ids: torch.Tensor, # token ids, (B, T) long
@@ -231,6 +230,7 @@ def _storable(model):
         raise ValueError("the configuration ties lm_head to tok_emb, but their weights differ")
     return model
 
+# %% ../nbs/base/01_gpt.ipynb #b9e74521
 def save_checkpoint(
     model: GPT, # the model to store, perhaps compiled
     path, # the `.safetensors` file, replaced atomically

@@ -27,6 +27,11 @@ def linear_shape(
     return tuple(layer.weight.shape)[::-1 if is_conv1d(layer) else 1]
 
 # %% ../nbs/01_lora.ipynb #44b4d2a8
+class _AnswersAsBase(nn.Module):
+    # some models look at a layer before they call it; it answers as the wrapped one
+    weight, bias = property(lambda self: self.base.weight), property(lambda self: self.base.bias)
+    in_features, out_features = (property(lambda self, i=i: linear_shape(self.base)[i]) for i in (1, 0))
+
 def _check_lora(base, r, alpha, dropout):
     if isinstance(base, LoRALinear): raise TypeError("this layer is a LoRALinear already; wrap the nn.Linear inside it once")
     if not isinstance(base, nn.Linear) and not is_conv1d(base):
@@ -37,7 +42,7 @@ def _check_lora(base, r, alpha, dropout):
     if not 0 <= dropout < 1: raise ValueError(f"dropout={dropout} is not a share of 0 or more and less than 1")
 
 # %% ../nbs/01_lora.ipynb #b5816745
-class LoRALinear(nn.Module):
+class LoRALinear(_AnswersAsBase):
     "Frozen linear layer plus trained low-rank update (arXiv 2106.09685, section 4.1). Raises `TypeError`, `ValueError`."
     def __init__(self,
         base: nn.Module, # the `nn.Linear` (or `Conv1D`) to adapt, `W` (out, in); it is frozen
@@ -50,21 +55,16 @@ class LoRALinear(nn.Module):
         _check_lora(base, r, alpha, dropout)
         self.base, self.r, self.alpha, self.use_rslora = base.requires_grad_(False), r, alpha, use_rslora
         self.scaling, (d_out, d_in) = alpha / (math.sqrt(r) if use_rslora else r), linear_shape(base)
-        self.A = nn.Parameter(base.weight.new_empty(r, d_in).normal_(std=0.02))
+        self.A, self.dropout = nn.Parameter(base.weight.new_empty(r, d_in).normal_(std=0.02)), nn.Dropout(dropout)
         self.B = nn.Parameter(base.weight.new_zeros(d_out, r))
-        self.dropout = nn.Dropout(dropout)
     def forward(self,
         x: torch.Tensor, # (…, in)
     ) -> torch.Tensor: # (…, out); (…, in) x (in, r) -> (…, r);  (…, r) x (r, out) -> (…, out)
-        h = self.base(x)
         update = F.linear(F.linear(self.dropout(x.to(self.A.dtype)), self.A), self.B) * self.scaling
-        return h + update.to(h.dtype)
+        return (h := self.base(x)) + update.to(h.dtype)
     def delta_weight(self) -> torch.Tensor: # (out, in); (out, r) x (r, in) -> (out, in)
         "The update of the weight, `scaling * B A`."
         return (self.B @ self.A) * self.scaling
-    # some models look at a layer before they call it; it answers as the wrapped one
-    weight, bias = property(lambda self: self.base.weight), property(lambda self: self.base.bias)
-    in_features, out_features = (property(lambda self, i=i: linear_shape(self.base)[i]) for i in (1, 0))
     def extra_repr(self): return f"r={self.r}, alpha={self.alpha}, scaling={self.scaling:g}"
 
 # %% ../nbs/02_surgery.ipynb #65647314
@@ -179,6 +179,7 @@ def _multiplies(module, path):
     path = re.escape(".".join(path.split(".")[-2:]))
     return re.search(rf"(?<!isinstance\(self)\.{path}\.weight\b(?!\.(dtype|device|shape|size|ndim)\b)", _source(type(module)))
 
+# %% ../nbs/02_surgery.ipynb #88760ea4
 def _why_not(model, name):
     "Why the layer `name` cannot take an adapter; None if it can."
     ends = [0, *(m.end() for m in re.finditer(r"\.", name))]
@@ -256,6 +257,7 @@ def _enter(model, args):
 def _leave(model, args, result):
     if not torch.compiler.is_compiling(): model._lora_gate.leave()
 
+# %% ../nbs/02_surgery.ipynb #8cfb8b15
 def _still(model): # no change by another thread meanwhile
     return model._lora_gate.turn if hasattr(model, "_lora_gate") else nullcontext()
 
@@ -365,6 +367,7 @@ def _layer_settings(names, r, alpha, dropout, use_rslora, rank_pattern, alpha_pa
         if idle: raise ValueError(f"{what}: {idle} fits no adapted layer; these are {sorted(set(map(_short, names)))}")
     return {n: (_setting(n, rank_pattern, r), _setting(n, alpha_pattern, alpha), dropout, use_rslora) for n in names}
 
+# %% ../nbs/02_surgery.ipynb #dbe0906c
 @_inside
 def add_lora_to_model(
     model: nn.Module, # changed in place

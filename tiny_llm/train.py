@@ -436,8 +436,7 @@ def pretrain(
         train, valid, run = _plan(s, config, data_dir)
         _check_folder(out, run)
         device, note = torch.device(device or default_device()), _tokenizer_note(data_dir)
-        torch.manual_seed(s.seed)
-        model = GPT(config).to(device)
+        torch.manual_seed(s.seed); model = GPT(config).to(device)
         opts = make_optimizers(model, s)
         p = load_state(out / "state.pt", model, opts, run) if (out / "state.pt").exists() else Progress()
         net = compiled(model) if s.compile else model
