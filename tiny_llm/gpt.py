@@ -309,10 +309,13 @@ def digest(
         h.update(state[k].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
+def _print(state, model):
+    "The fingerprint of a base with this state."
+    return digest(state, json.dumps(asdict(model.config), sort_keys=True) if isinstance(model, GPT) else "")
+
 def fingerprint(
     model: nn.Module, # with or without LoRA adapters; a `GPT` with its configuration, another model by its weights
 ) -> str: # 64 hexadecimal digits
     "SHA-256 over the configuration and the base weights; the same with and without adapters."
-    about = json.dumps(asdict(model.config), sort_keys=True) if isinstance(model, GPT) else ""
     state = {k.replace(".base.", "."): v for k, v in model.state_dict().items() if k.rsplit(".", 1)[-1] not in ("A", "B")}
-    return digest(state, about)
+    return _print(state, model)

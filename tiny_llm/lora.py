@@ -60,19 +60,19 @@ class LoRALinear(_AnswersAsBase):
     def forward(self,
         x: torch.Tensor, # (…, in)
     ) -> torch.Tensor: # (…, out); (…, in) x (in, r) -> (…, r);  (…, r) x (r, out) -> (…, out)
-        update = F.linear(F.linear(self.dropout(x.to(self.A.dtype)), self.A), self.B) * self.scaling
-        return (h := self.base(x)) + update.to(h.dtype)
+        h = self.base(x) # first, as in PEFT: the gradients are then the same to the bit
+        return h + (F.linear(F.linear(self.dropout(x.to(self.A.dtype)), self.A), self.B) * self.scaling).to(h.dtype)
     def delta_weight(self) -> torch.Tensor: # (out, in); (out, r) x (r, in) -> (out, in)
         "The update of the weight, `scaling * B A`."
         return (self.B @ self.A) * self.scaling
     def extra_repr(self): return f"r={self.r}, alpha={self.alpha}, scaling={self.scaling:g}"
 
 # %% ../nbs/02_surgery.ipynb #65647314
-import functools, inspect, json, math, re, threading, time, warnings
+import functools, inspect, math, re, threading, time, warnings
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 import regex
-from .gpt import GPT, digest
+from .gpt import _print
 
 # %% ../nbs/02_surgery.ipynb #88e111c4
 def _linear_names(model): # a layer with an adapter is one layer
@@ -321,10 +321,6 @@ def _base_state(model):
     return {names.get(k, k): v for k, v in state.items() if names.get(k, k) and isinstance(v, torch.Tensor)}
 
 def _cast(state, dtype): return {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-
-def _print(state, model=None):
-    "What `fingerprint` gives for this state of the base."
-    return digest(state, json.dumps(asdict(model.config), sort_keys=True) if isinstance(model, GPT) else "")
 
 def _prints(state, model=None):
     "Fingerprints of a base as it is (\"\") and in 16 bits, {type: 64 hex digits}; {} where its numbers are not there yet."

@@ -20,7 +20,7 @@ MUTANTS = [
         ("B starts random", "base.weight.new_zeros(d_out, r)", "base.weight.new_empty(d_out, r).normal_(std=0.02)"),
         ("A starts at zero", "base.weight.new_empty(r, d_in).normal_(std=0.02)", "base.weight.new_zeros(r, d_in)"),
         ("the base layer is not frozen", "base.requires_grad_(False)", "base"),
-        ("the detour replaces the base", "(h := self.base(x)) + update", "0 * (h := self.base(x)) + update"),
+        ("the detour replaces the base", "return h + (F", "return 0 * h + (F"),
         ("the detour without the factor", "self.B) * self.scaling", "self.B)"),
         ("dropout on A x, over r", "F.linear(self.dropout(x.to(self.A.dtype)), self.A)", "self.dropout(F.linear(x.to(self.A.dtype), self.A))"),
         ("dropout on the base's input too", "self.base(x)", "self.base(x := self.dropout(x))"),
