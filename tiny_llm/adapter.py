@@ -15,10 +15,10 @@ import torch, torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from .data import _sha256
 from .files import BadFileError, _home, _seen, atomic_folder, committed, read_json
-from .gpt import GPT, check_tensors, digest, fingerprint, load_checkpoint, write_tensors
+from .gpt import GPT, _print, check_tensors, digest, fingerprint, load_checkpoint, write_tensors
 from .generate import BASE
 from .lora import (_ROUNDED, LoRALinear, _base_state, _cast, _changing, _forget, _has_suffix, _held, _inside, _install, _linear_names, _matches,
-                           _no_match, _plain, _print, _prints, _ready, _refuse, _replace, _setting, _short, _still, _sums, _wrap, is_conv1d, linear_shape,
+                           _no_match, _plain, _prints, _ready, _refuse, _replace, _setting, _short, _still, _sums, _wrap, is_conv1d, linear_shape,
                            lora_modules, lora_parameters, match_targets)
 from .train import default_device
 
@@ -153,24 +153,28 @@ def _is_base(state, model, prints):
     return any(mine[t] == prints.get(t) and exact(dtype) for t, dtype in _ROUNDED.items()) # there and back
 
 # %% ../nbs/05_load_merge.ipynb #0112b5dc
-def _write_adapter(path, config, tensors, prints):
-    "Write the three files of an adapter, all or none. Raises `ValueError` if a number is not finite, `OSError` if the disk is full."
+def _write_adapter(path, config, tensors, prints, **more):
+    "Write the three files of an adapter, all or none; `more` goes into the note. Raises `ValueError` if a number is not finite, `OSError` if the disk is full."
     if not all(t.isfinite().all() for t in tensors.values()): raise ValueError("A or B holds NaN or infinity: not saved")
     with atomic_folder(path) as tmp:
         write_tensors(tmp/WEIGHTS, tensors, format="pt")
-        note = dict(base_fingerprint=prints[""], base_rounded={t: p for t, p in prints.items() if t}, weights_sha256=_sha256(tmp/WEIGHTS), config={k: config[k] for k in _AGREE})
+        note = dict(base_fingerprint=prints[""], base_rounded={t: p for t, p in prints.items() if t}, weights_sha256=_sha256(tmp/WEIGHTS), config={k: config[k] for k in _AGREE}, **more)
         for name, value in ((CONFIG, config), (NOTE, note)):
             (tmp/name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 # %% ../nbs/05_load_merge.ipynb #024f2c80
 @_inside
+def _save(model, path, **more):
+    "`save_adapter`, with more in the note."
+    with _still(model): config, tensors = adapter_config(model), {k: v.clone() for k, v in adapter_tensors(model).items()}
+    _write_adapter(path, config, tensors, _base_prints(model), **more)
+
 def save_adapter(
     model: nn.Module, # a model with LoRA layers
     path, # the adapter's folder; it is made if needed
 ):
     "Write the adapters of `model` as PEFT does. Raises `ValueError` if there are none (e.g. merged), they are not finite, or more has changed; `OSError`."
-    with _still(model): config, tensors = adapter_config(model), {k: v.clone() for k, v in adapter_tensors(model).items()}
-    _write_adapter(path, config, tensors, _base_prints(model))
+    _save(model, path)
 
 # %% ../nbs/05_load_merge.ipynb #6831e967
 UNSUPPORTED = """alora_invocation_tokens arrow_config bias ensure_weight_tying kasa_config layer_replication lora_bias megatron_config

@@ -492,6 +492,9 @@ def _openai():
     except ImportError: raise ImportError("this judge needs the client of the endpoint: pip install openai") from None
     return openai
 
+def _passing(api): # errors that another try may heal
+    return api.APIConnectionError, api.RateLimitError, api.InternalServerError, api.APIResponseValidationError
+
 # %% ../nbs/further/09_evaluate.ipynb #973d9b44
 class OpenAIJudge:
     """A judge behind any endpoint with OpenAI's interface. The key comes from the variable OPENAI_API_KEY.
@@ -511,7 +514,7 @@ class OpenAIJudge:
         try:
             reply = self.client.chat.completions.create(model=self.model, temperature=0, messages=[dict(role="user", content=JUDGE_PROMPT.format(request=request, first=first, second=second))])
             verdict, why = read_verdict(text := reply.choices[0].message.content), "no verdict in the reply"
-        except (self.api.APIConnectionError, self.api.RateLimitError, self.api.InternalServerError, self.api.APIResponseValidationError) as e: verdict, why = None, type(e).__name__
+        except _passing(self.api) as e: verdict, why = None, type(e).__name__
         except self.api.APIStatusError as e: # an endpoint may repeat the key
             e.args = tuple(str(a).replace(self.client.api_key, "[key]") for a in e.args); raise
         except (AttributeError, IndexError, TypeError, ValueError): verdict, why = None, "malformed reply"

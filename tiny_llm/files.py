@@ -229,15 +229,16 @@ def log_runs(
 ) -> list: # all lines of the log, as dicts
     "Make the runs that the log lacks, and add a line of setting and result for each. Raises `OSError` or `BadFileError` before the first if it cannot be a log."
     probe(path := _home(path))
-    rows = lambda: read_jsonl(path) if path.exists() else []
-    if not all(isinstance(row, dict) for row in rows()): raise BadFileError(f"{path} is no log: not every line is an object")
-    lacks = lambda setting: not any(setting.items() <= row.items() for row in rows())
-    for setting in tqdm([s for s in settings if lacks(s)], unit="run"):
-        if lacks(setting): # another process may have made it meanwhile
+    read = lambda: read_jsonl(path) if path.exists() else []
+    lacks = lambda rows, setting: not any(setting.items() <= row.items() for row in rows)
+    there = read()
+    if not all(isinstance(row, dict) for row in there): raise BadFileError(f"{path} is no log: not every line is an object")
+    for setting in tqdm([s for s in settings if lacks(there, s)], unit="run"):
+        if lacks(read(), setting): # another process may have made it meanwhile
             result = run(**setting)
             path.parent.mkdir(parents=True, exist_ok=True)
             _append(path, {**setting, **result})
-    return rows()
+    return read()
 
 # %% ../nbs/base/00_files.ipynb #cd0f6e85
 def _any_console():

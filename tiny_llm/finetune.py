@@ -13,15 +13,14 @@ __all__ = ['SWEEP', 'TASKS', 'OPTIONS', 'SHOWN', 'encoded_batches', 'example_los
 
 # %% ../nbs/04_train.ipynb #06e7979b
 import argparse, hashlib, json, math, random, tempfile, time, warnings
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 import torch
 from tqdm.auto import tqdm
-from .adapter import CONFIG, NOTE, disable_lora, load_with_lora, save_adapter
+from .adapter import CONFIG, NOTE, _save, disable_lora, load_with_lora
 from .data import bundled_stories
-from .files import BadFileError, _command, _home, atomic_path, committed, log_runs, owned, probe, read_json, write_jsonl
+from .files import BadFileError, _command, _home, committed, log_runs, owned, probe, read_json, write_jsonl
 from .fast import FastLoss
 from .generate import BASE, load_base
 from .glance import ASKED, TRIED, _samples, at_a_glance, glance_rows, request, sample_stories
@@ -127,19 +126,13 @@ def keep_best(
     if valid: result.valid_losses.append((step, loss))
     if step and loss < best:
         result.best = [p.detach().clone() for p in lora_parameters(result.model)]
-        save_adapter(result.model, result.out_dir)
-        if run: _sign(result.out_dir, run)
+        _save(result.model, result.out_dir, **(dict(run=run) if run else {}))
 
 # %% ../nbs/04_train.ipynb #f7059745
 def _made_by(folder):
-    "What `_sign` noted in an adapter's folder; {} where there is none."
+    "What `keep_best` noted in an adapter's folder; {} where there is none."
     try: return dict(read_json(committed(folder, NOTE).read_text(encoding="utf-8"))["run"])
     except (OSError, ValueError, KeyError, TypeError): return {}
-
-def _sign(folder, run):
-    "Note beside the adapter which run made it."
-    note = read_json(committed(folder, NOTE).read_text(encoding="utf-8"))
-    with atomic_path(committed(folder, NOTE)) as tmp: tmp.write_text(json.dumps({**note, "run": run}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 # %% ../nbs/04_train.ipynb #a6cff990
 def examples_of(
@@ -292,11 +285,6 @@ def with_new_adapters(
     model, tok = load_base(base_ckpt)
     return add_lora_to_model(model, r, alpha, targets), tok
 
-def _claim(folder):
-    "Own a folder. One that is missing is only tried: it is made when there is something to write."
-    folder = _home(folder)
-    return owned(folder) if folder.exists() else nullcontext(probe(folder/CONFIG))
-
 def _batches(train, valid, tok, seq_len, mask_prompt, batch_size, seed):
     "(the stream to train on, the batches to validate on, all that is in them). That no held-out example fits is said, and no error."
     train, texts, valid = encode_examples(train, tok, seq_len, mask_prompt) if train else [], valid, []
@@ -324,7 +312,7 @@ def finetune(base_ckpt, # a checkpoint; None: the shipped base
     resume: bool=True, # False: throw away what a killed run left in the folder, and replace an adapter
 ) -> FinetuneResult: # the best adapter is on its model, and in `out_dir`
     "Fine-tune A and B, keep the adapter with the lowest validation loss (arXiv 2106.09685, section 4.2). Raises as `train_adapter` does."
-    with _claim(out_dir): # before the work
+    with owned(out_dir): # before the work
         model, tok = with_new_adapters(base_ckpt, r, alpha, targets, seed)
         stream, valid, encoded = _batches(train_examples, valid_examples, tok, seq_len, mask_prompt, batch_size, seed)
         run = describe_finetune(model, encoded, lr=lr, max_steps=max_steps, batch_size=batch_size, seq_len=seq_len, mask_prompt=mask_prompt, seed=seed, eval_every=eval_every, fast=fast)
@@ -513,7 +501,7 @@ def _out(args):
 
 def _train(args, folder):
     "(the result, examples to ask about)"
-    with _claim(folder):
+    with owned(folder):
         train, valid = examples_for(args)
         print(plan(args, train, valid))
         settings = {name: getattr(args, name) for name in (*OPTIONS, "targets", "mask_prompt")}

@@ -29,7 +29,7 @@ def load_base(
     where = beside if beside.exists() else shipped
     tok, model = BPETokenizer.load(where), load_checkpoint(path).to(device or default_device())
     rows, right = model.config.vocab_size, _header(path, "tokenizer")
-    if right not in (None, tok.digest()): raise BadFileError(f"{path} was trained with another tokenizer than {where}; put its own tokenizer.json beside it")
+    if right is not None and right != tok.digest(): raise BadFileError(f"{path} was trained with another tokenizer than {where}; put its own tokenizer.json beside it")
     if rows < len(tok): raise BadFileError(f"{path} has {rows} token rows, its tokenizer {len(tok)} tokens")
     if right is None and where != beside:
         warnings.warn(f"no tokenizer.json beside {path}: the shipped one is used ({len(tok)} tokens, the model has {rows} rows), and the text is nonsense if the model learned another", stacklevel=2)
